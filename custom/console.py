@@ -1,0 +1,206 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+"""What a user sees: one clear line and exit code 2 for a mistake, and libraries that do not chatter."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+__all__ = ["DEBUG_VARIABLE", "bar_interval", "check_overrides", "command", "describe_error", "require_file", "start"]
+
+DEBUG_VARIABLE = "COVID_CT_DEBUG"
+"""Set this environment variable to 1 to see full tracebacks."""
+
+USER_ERRORS = (ValueError, TypeError, OSError)
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+# torch's data loader pastes a worker's traceback into the message; the exceptions in it start a line.
+_PASTED_ERROR = re.compile(
+    r"^(ValueError|TypeError|\w*(?:FileNotFound|Permission|OS)Error): (.+)$", re.MULTILINE
+)
+
+
+def bar_interval() -> float:
+    """Seconds between two updates of a progress bar: often on a terminal, seldom in a log file."""
+    return 0.5 if sys.stderr.isatty() else 20.0
+
+
+def _chain(error: BaseException) -> Iterable[BaseException]:
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+def describe_error(error: BaseException) -> str | None:
+    """The one line to show for an error, or None where it is not the user's to mend.
+
+    MONAI wraps what a transform or a constructor raises, so the chain of causes is followed to its start.
+
+    Args:
+        error: what was raised.
+    """
+    chain = list(_chain(error))
+    for current in chain:
+        pasted = _PASTED_ERROR.search(str(current)) if "Traceback" in str(current) else None
+        if pasted:
+            return pasted.group(2).strip()
+    root = next((e for e in reversed(chain) if isinstance(e, USER_ERRORS)), None)
+    if root is None:
+        return None
+    if isinstance(root, OSError) and root.filename is not None and root.strerror:
+        return f"{root.strerror}: {root.filename}"
+    return " ".join(str(root).split()) or type(root).__name__
+
+
+def _report(error: BaseException) -> int | None:
+    """Print the line for an error; returns the exit code, or None where a traceback is due."""
+    if isinstance(error, KeyboardInterrupt):
+        print("\ninterrupted; the same command continues where it left off", file=sys.stderr)
+        return INTERRUPTED
+    line = None if os.environ.get(DEBUG_VARIABLE) == "1" else describe_error(error)
+    if line is None:
+        return None
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+class _EngineErrors(logging.Filter):
+    """Drops the engines' own echo of an exception that the hook reports anyway."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "is terminating due to exception" not in message and not message.startswith("Exception:")
+
+
+def _mute_engine_errors() -> None:
+    # A logger's filters see only its own records, a handler's see those of all loggers.
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_EngineErrors())
+    for logger in list(logging.Logger.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            handler.addFilter(_EngineErrors())
+    last = logging.lastResort
+    if last is not None:
+        last.addFilter(_EngineErrors())
+
+
+def start(argv: Sequence[str] | None = None) -> None:
+    """Make ``python -m monai.bundle run`` behave like our own commands; the bundles' ``initialize`` calls it.
+
+    An uncaught user error ends the process with one line and exit code 2. A command-line override that no
+    config defines, which MONAI accepts in silence, is refused. The notice about a missing GPU decoder, which
+    MONAI prints for every loader that is made, is left out.
+
+    Args:
+        argv: command line to look for misspelt overrides in, defaults to ``sys.argv[1:]`` when MONAI's
+            bundle command is what is running.
+
+    Raises:
+        ValueError: When an override names a key that the configs do not have.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        code = _report(error)
+        if code is None:
+            sys.__excepthook__(kind, error, trace)
+            code = 1
+        sys.stdout.flush()
+        # An exception hook cannot set the exit code by returning, and raising SystemExit in it is honoured.
+        raise SystemExit(code)
+
+    sys.excepthook = hook
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    if os.environ.get(DEBUG_VARIABLE) != "1":
+        _mute_engine_errors()
+    if argv is None:
+        running_bundle = Path(sys.argv[0]).parts[-3:-1] == ("monai", "bundle") if sys.argv else False
+        argv = sys.argv[1:] if running_bundle else ()
+    check_overrides(argv)
+
+
+def check_overrides(argv: Sequence[str]) -> None:
+    """Refuse ``--key value`` pairs of ``monai.bundle run`` whose first part no given config file defines.
+
+    Args:
+        argv: arguments after ``python -m monai.bundle``.
+
+    Raises:
+        ValueError: When a key is unknown; the message names the closest known key.
+    """
+    options: dict[str, str] = {}
+    for position, word in enumerate(argv):
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            following = argv[position + 1] if position + 1 < len(argv) else ""
+            options[name] = value or following
+    if "config_file" not in options:
+        return
+    known = {
+        "run_id",
+        "init_id",
+        "final_id",
+        "meta_file",
+        "config_file",
+        "logging_file",
+        "tracking",
+        "args_file",
+    }
+    known |= {"workflow_type", "workflow_name", "properties_path", "runner_id"}
+    listed = options["config_file"].strip("[] ").split(",")
+    for name in (part.strip(" '\"") for part in listed):
+        if not Path(name).is_file():
+            return  # MONAI names the missing file itself
+        if name.endswith(".json"):
+            known |= {key.lstrip("+") for key in json.loads(Path(name).read_text(encoding="utf-8"))}
+    for name in options:
+        first = re.split(r"::|#", name)[0]
+        if first not in known and first.replace("-", "_") not in known:
+            close = difflib.get_close_matches(first, sorted(known), n=1)
+            hint = f"did you mean --{close[0]}?" if close else "see the keys of the config files"
+            raise ValueError(f"unknown option --{name}: no config file defines '{first}'; {hint}")
+
+
+def require_file(path: str | os.PathLike, what: str) -> None:
+    """Say plainly that a file is needed, before anything starts that cannot work without it.
+
+    Args:
+        path: the file.
+        what: what it is, and how to get it.
+
+    Raises:
+        FileNotFoundError: When it is not there.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} not found; it should hold the {what}")
+
+
+def command(function: Callable[..., Any]) -> Callable[..., int]:
+    """Turn a script's main function into one that returns an exit code and prints errors as one line.
+
+    Args:
+        function: returns None or an exit code; user errors it raises become one line and exit code 2.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> int:
+        try:
+            return int(function(*args, **kwargs) or 0)
+        except (Exception, KeyboardInterrupt) as error:
+            code = _report(error)
+            if code is None:
+                raise
+            return code
+
+    return wrapped

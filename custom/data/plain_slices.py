@@ -1,0 +1,198 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+"""Folders of plain 8-bit slices and masks, turned upright and put on a data list."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from skimage.transform import resize
+from tqdm import tqdm
+
+from custom.console import bar_interval
+from custom.data.datalist import assign_folds, write_datalist
+from custom.data.files import atomic_path
+
+__all__ = ["ORIENTATIONS", "group_similar", "prepare_slices", "turn", "turn_back"]
+
+ORIENTATIONS = ("upright", "transposed", "rotated-90", "rotated-180", "rotated-270")
+"""How stored slices lie; the numbers are counter-clockwise degrees that make them upright."""
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SAME_PATIENT_CORRELATION = 0.9
+
+
+def turn(pixels: np.ndarray, orientation: str) -> np.ndarray:
+    """Make a stored slice upright: rows grow to posterior, columns to the patient's left.
+
+    Args:
+        pixels: (H, W).
+        orientation: one of :data:`ORIENTATIONS`, how the slice is stored.
+
+    Raises:
+        ValueError: When the orientation is unknown.
+    """
+    if orientation not in ORIENTATIONS:
+        raise ValueError(f"unknown orientation '{orientation}'; choose from {', '.join(ORIENTATIONS)}")
+    if orientation == "transposed":
+        return pixels.T
+    return np.rot90(pixels, ORIENTATIONS.index(orientation) - 1 if orientation != "upright" else 0)
+
+
+def turn_back(pixels: np.ndarray, orientation: str) -> np.ndarray:
+    """The inverse of :func:`turn`: an upright result in the orientation the slice is stored in.
+
+    Args:
+        pixels: (H, W), upright.
+        orientation: one of :data:`ORIENTATIONS`.
+
+    Raises:
+        ValueError: When the orientation is unknown.
+    """
+    if orientation in ("rotated-90", "rotated-270"):
+        orientation = "rotated-270" if orientation == "rotated-90" else "rotated-90"
+    return turn(pixels, orientation)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("L", "RGB", "RGBA", "P", "1"):
+                raise ValueError(f"{path} is a picture of mode {picture.mode}; 8-bit grey values are needed")
+            return np.asarray(picture.convert("L"))
+    except (UnidentifiedImageError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} not found")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            if path.stem in found:
+                raise ValueError(
+                    f"{found[path.stem]} and {path} have the same name; which one belongs to '{path.stem}'?"
+                )
+            found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) in {folder}")
+    return found
+
+
+def _natural(name: str) -> tuple:
+    return tuple(int(part) if part.isdigit() else part for part in _split_digits(name))
+
+
+def _split_digits(name: str) -> list[str]:
+    parts, current = [], ""
+    for character in name:
+        if current and character.isdigit() != current[-1].isdigit():
+            parts.append(current)
+            current = ""
+        current += character
+    return ["", *parts, current] if not name[:1].isdigit() else [*parts, current]
+
+
+def group_similar(pictures: Sequence[np.ndarray], threshold: float = SAME_PATIENT_CORRELATION) -> list[int]:
+    """Group slices that look like the same patient's, so that they can be kept in one fold.
+
+    Slices are compared at 32x32 by the correlation of their grey values; groups are the connected
+    components of "correlates at least as much as ``threshold``".
+
+    Args:
+        pictures: slices (H, W).
+        threshold: correlation from which two slices count as one patient's.
+
+    Returns:
+        For each slice the position of the first of its group.
+    """
+    small = np.stack([resize(p.astype(float), (32, 32), anti_aliasing=True).ravel() for p in pictures])
+    small -= small.mean(axis=1, keepdims=True)
+    small /= np.linalg.norm(small, axis=1, keepdims=True) + 1e-12
+    alike = small @ small.T >= threshold
+    group = list(range(len(pictures)))
+    for first in range(len(pictures)):
+        for second in np.flatnonzero(alike[first, :first]):
+            old, new = max(group[first], group[second]), min(group[first], group[second])
+            group = [new if g == old else g for g in group]
+    return group
+
+
+def prepare_slices(
+    images: str | os.PathLike,
+    masks: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    orientation: str = "upright",
+    n_folds: int = 5,
+    seed: int = 0,
+    name: str = "plain slices",
+    description: str = "",
+) -> Path:
+    """Turn slices and masks upright, write them as PNG and put them on a data list.
+
+    Images and masks are paired by file name, never by their order. A mask is foreground where it is not
+    zero and is written as 0/255. Each slice counts as a patient of its own, except slices that look alike
+    (the same slice twice, neighbours): they share a patient and so a fold.
+
+    Args:
+        images: folder of 8-bit slices.
+        masks: folder of masks with the images' names.
+        output_dir: gets ``images/``, ``masks/`` and ``datalist.json``.
+        orientation: how the slices are stored, one of :data:`ORIENTATIONS`; it is recorded in the list as
+            ``stored_orientation``, so that :func:`turn_back` can return results to it.
+        n_folds: number of folds.
+        seed: seed of the folds.
+        name: name of the data set.
+        description: where it comes from, its licence.
+
+    Returns:
+        The data list.
+
+    Raises:
+        FileNotFoundError: When a folder, or the mask of an image, is missing.
+        ValueError: When a picture cannot be read, or image and mask differ in size.
+    """
+    if orientation not in ORIENTATIONS:
+        raise ValueError(f"unknown orientation '{orientation}'; choose from {', '.join(ORIENTATIONS)}")
+    image_files, mask_files = _by_stem(Path(images)), _by_stem(Path(masks))
+    missing = sorted(set(image_files) - set(mask_files), key=_natural)
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} images have no mask in {masks}, the first is {image_files[missing[0]]}"
+        )
+    stems = sorted(image_files, key=_natural)
+    output = Path(output_dir)
+    pictures = []
+    for stem in tqdm(stems, desc="slices", unit="slice", dynamic_ncols=True, mininterval=bar_interval()):
+        image, mask = _read(image_files[stem]), _read(mask_files[stem])
+        if image.shape != mask.shape:
+            raise ValueError(
+                f"{image_files[stem]} has {image.shape} pixels and its mask {mask.shape}; they must agree"
+            )
+        pictures.append(image)
+        for folder, pixels in (("images", image), ("masks", np.where(mask > 0, 255, 0).astype(np.uint8))):
+            with atomic_path(output / folder / f"{stem}.png") as temporary:
+                Image.fromarray(np.ascontiguousarray(turn(pixels, orientation))).save(temporary, format="PNG")
+    groups = group_similar(pictures)
+    patients = [f"slice_{stems[g]}" for g in groups]
+    folds = assign_folds(patients, n_folds, seed)
+    entries = [
+        {"image": f"images/{s}.png", "label": f"masks/{s}.png", "patient_id": p, "fold": f}
+        for s, p, f in zip(stems, patients, folds, strict=True)
+    ]
+    datalist = output / "datalist.json"
+    write_datalist(
+        datalist,
+        name,
+        description,
+        protocol="each slice is taken as its own patient; slices that look alike share one",
+        stored_orientation=orientation,
+        training=entries,
+    )
+    return datalist

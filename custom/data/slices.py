@@ -1,0 +1,232 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+"""Two-dimensional training samples drawn across cases, each case prepared once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from monai.data import DataLoader, MetaTensor
+from monai.transforms import Compose
+from torch.utils.data import Dataset, DistributedSampler
+from tqdm import tqdm
+
+from custom.console import bar_interval
+from custom.data.content import ContentHasher, transform_key
+from custom.data.files import write_json
+
+__all__ = ["EpochSampler", "SliceDataset"]
+
+LAYOUT = "1"  # part of the cache key: raise it when the files below change their meaning
+
+
+class SliceDataset(Dataset):
+    """Axial slices of volumes, and plain slices, as samples of one data set.
+
+    Each case goes once through ``prepare`` (deterministic: load, orient, window, resize); the result is
+    kept on disk under a key of the files' content and of the transforms, one memory-mapped array a case,
+    so memory does not grow with the number of cases and a changed file or transform is never served
+    from an old cache. ``augment`` then sees one slice at a time.
+
+    An item is asked for by ``(epoch, index)``, as :class:`EpochSampler` yields it, or by a plain index,
+    which means epoch 0. Its augmentation depends on the seed, the epoch and the index alone, not on
+    workers, order or what was drawn before.
+
+    Args:
+        data: cases with ``image`` and ``label`` paths.
+        prepare: deterministic transforms; they yield ``image`` (C, H, W) or (C, H, W, D) and ``label``
+            of the same spatial shape.
+        augment: transforms of one slice: image (C, H, W) float32 and label (C, H, W) float32.
+        cache_dir: folder for prepared cases.
+        seed: seed of the augmentation.
+        select: ``"all"`` slices, those in the ``"lung"`` (prepare must yield a ``lung`` mask), or those
+            with a ``"lesion"``.
+        num_workers: processes that prepare cases not in the cache yet.
+
+    Raises:
+        ValueError: When ``select`` is unknown, image and label of a case differ in shape, or no slice
+            is left.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        prepare: Callable,
+        augment: Callable,
+        cache_dir: str | Path,
+        seed: int = 0,
+        select: str = "all",
+        num_workers: int = 0,
+    ) -> None:
+        if select not in ("all", "lung", "lesion"):
+            raise ValueError(f"select must be 'all', 'lung' or 'lesion', found '{select}'")
+        self.data = list(data)
+        self.prepare = prepare if isinstance(prepare, Compose) else Compose(prepare)
+        self.augment = augment if isinstance(augment, Compose) else Compose(augment)
+        self.cache_dir = Path(cache_dir)
+        self.seed = seed
+        self.select = select
+        self.num_workers = num_workers
+
+    @cached_property
+    def _folders(self) -> list[Path]:
+        transforms = transform_key(self.prepare)
+        hasher = ContentHasher(self.cache_dir)
+        folders = [self.cache_dir / hasher.key(case, LAYOUT, transforms) for case in self.data]
+        hasher.save()
+        return folders
+
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """For every sample its case and its slice; prepares the cases that are not in the cache."""
+        self._prepare_missing()
+        cases, slices = [], []
+        for number, folder in enumerate(self._folders):
+            chosen = json.loads((folder / "case.json").read_text(encoding="utf-8"))[self.select]
+            cases.append(np.full(len(chosen), number, dtype=np.int32))
+            slices.append(np.asarray(chosen, dtype=np.int32))
+        index = np.concatenate(cases), np.concatenate(slices)
+        if not len(index[0]):
+            raise ValueError(f"none of the {len(self.data)} cases has a slice of the kind '{self.select}'")
+        return index
+
+    def _prepare_missing(self) -> None:
+        missing = [i for i, folder in enumerate(self._folders) if not (folder / "case.json").is_file()]
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed:  # every process does its share, then all read all
+            missing = missing[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+        if missing:
+            loader = DataLoader(
+                cast(Dataset, _Preparation(self, missing)),
+                batch_size=None,
+                num_workers=min(self.num_workers, len(missing)),
+                collate_fn=_as_is,
+            )
+            for _ in tqdm(
+                loader, desc="preparing cases", unit="case", dynamic_ncols=True, mininterval=bar_interval()
+            ):
+                pass
+        if distributed:
+            torch.distributed.barrier()
+
+    def prepare_case(self, number: int) -> None:
+        """Prepare one case and put it into the cache, whole or not at all.
+
+        Args:
+            number: position of the case in ``data``.
+
+        Raises:
+            ValueError: When image and label differ in shape.
+        """
+        case, folder = self.data[number], self._folders[number]
+        prepared = cast(dict, self.prepare(dict(case)))
+        image, label = np.asarray(prepared["image"]), np.asarray(prepared["label"])
+        if image.shape[1:] != label.shape[1:]:
+            raise ValueError(
+                f"image {case['image']} and label {case['label']} differ after preparation: "
+                f"{image.shape[1:]} and {label.shape[1:]} voxels"
+            )
+        lung = np.asarray(prepared["lung"]) if "lung" in prepared else None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+        try:
+            # Half precision keeps a [0, 1] window to better than one HU in a thousand.
+            np.save(temporary / "image.npy", _slices_first(image).astype(np.float16))
+            np.save(temporary / "label.npy", _slices_first(label).astype(np.uint8))
+            found = {
+                "all": list(range(len(_slices_first(image)))),
+                "lesion": _nonempty(label),
+                "lung": [] if lung is None else _nonempty(lung),
+            }
+            write_json(temporary / "case.json", found)
+            if folder.exists():  # torn by a crash before the index was written
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if (folder / "case.json").is_file():
+                return  # another process was faster
+            raise
+
+    def __len__(self) -> int:
+        return len(self._index[0])
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, int(key))
+        case, position = (int(values[index]) for values in self._index)
+        folder = self._folders[case]
+        sample: dict[str, Any] = {}
+        for name in ("image", "label"):
+            stored = np.load(folder / f"{name}.npy", mmap_mode="r")
+            sample[name] = MetaTensor(torch.from_numpy(stored[position].astype(np.float32)))
+        self.augment.set_random_state(seed=_sample_seed(self.seed, epoch, index))
+        return cast(dict, self.augment(sample))
+
+
+class EpochSampler(DistributedSampler):
+    """Yields ``(epoch, index)``, so that a data set can derive each sample's randomness from them.
+
+    The order depends on the seed and the epoch only. It is a ``DistributedSampler``: MONAI's engines
+    tell it the epoch, and processes of a distributed run draw disjoint shares.
+
+    Args:
+        dataset: what is drawn from.
+        seed: seed of the order.
+        shuffle: whether to shuffle.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int = 0, shuffle: bool = True) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        super().__init__(
+            dataset,
+            num_replicas=torch.distributed.get_world_size() if distributed else 1,
+            rank=torch.distributed.get_rank() if distributed else 0,
+            shuffle=shuffle,
+            seed=seed,
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        epoch = self.epoch
+        return ((epoch, index) for index in super().__iter__())
+
+
+class _Preparation:
+    """Preparing as a data set, so that a data loader's workers can do it."""
+
+    def __init__(self, slices: SliceDataset, numbers: Sequence[int]) -> None:
+        self.slices = slices
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, position: int) -> int:
+        if position >= len(self.numbers):
+            raise IndexError(position)
+        self.slices.prepare_case(self.numbers[position])
+        return self.numbers[position]
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _sample_seed(seed: int, epoch: int, index: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
+
+
+def _slices_first(volume: np.ndarray) -> np.ndarray:
+    """(C, H, W) or (C, H, W, D) to (D, C, H, W)."""
+    return np.ascontiguousarray(volume[None] if volume.ndim == 3 else np.moveaxis(volume, -1, 0))
+
+
+def _nonempty(mask: np.ndarray) -> list[int]:
+    slices = _slices_first(mask)
+    return [int(i) for i in np.flatnonzero(slices.reshape(len(slices), -1).any(axis=1))]

@@ -1,0 +1,8 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+"""Handlers that bring checkpoints, progress and reports into an ignite engine."""
+
+from custom.handlers.checkpoint import TrainingCheckpoint
+from custom.handlers.progress import ProgressBar
+from custom.handlers.report import StudyReport
+
+__all__ = ["ProgressBar", "StudyReport", "TrainingCheckpoint"]

@@ -1,0 +1,227 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+"""One atomic checkpoint an epoch, from which a killed training goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import EarlyStopHandler
+from monai.utils import get_dist_device
+
+from custom.data.files import atomic_path
+
+__all__ = ["TrainingCheckpoint", "save_atomically"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingCheckpoint:
+    """Saves everything a training needs at each epoch's end, and takes it up again at the start.
+
+    Written into ``ckpt_dir``:
+
+    - ``checkpoint_latest.pt`` and ``checkpoint_previous.pt``: network, optimiser, schedulers, early
+      stopping, best metric, epoch and random states. A latest checkpoint that cannot be read is
+      reported, and the previous one is used.
+    - ``model.pt``: the network's bare ``state_dict`` at the best validation so far; that of the last
+      epoch where there is no validation.
+
+    All files hold tensors and plain values, are loaded with ``weights_only=True`` and replaced
+    atomically. (ignite's own resume replays the first batches of an epoch, and MONAI's CheckpointSaver
+    is neither atomic nor has it the state of early stopping.) Attach it to the trainer *after* the
+    handlers that validate and step the scheduler.
+
+    In a distributed run the first process writes and all read. Its random states serve every process.
+
+    Args:
+        ckpt_dir: folder of the files.
+        network: network being trained; a DistributedDataParallel wrapper is looked through.
+        objects: further parts with ``state_dict``/``load_state_dict``: ``optimizer``, ``lr_scheduler``,
+            MONAI's ``EarlyStopHandler``.
+        evaluator: engine that validates and holds the best metric.
+        resume: whether to go on from a checkpoint in ``ckpt_dir``; else one found there is overwritten.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str | os.PathLike,
+        network: torch.nn.Module,
+        objects: Mapping[str, Any] | None = None,
+        evaluator: Any | None = None,
+        resume: bool = True,
+    ) -> None:
+        self.folder = Path(ckpt_dir)
+        self.network = (
+            network.module if isinstance(network, torch.nn.parallel.DistributedDataParallel) else network
+        )
+        self.objects = dict(objects or {})
+        self.evaluator = evaluator
+        self.resume = resume
+
+    @property
+    def latest(self) -> Path:
+        return self.folder / "checkpoint_latest.pt"
+
+    @property
+    def previous(self) -> Path:
+        return self.folder / "checkpoint_previous.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "model.pt"
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: the trainer.
+        """
+        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def save(self, engine: Any) -> None:
+        """Write the checkpoint, and ``model.pt`` when this epoch is the best.
+
+        Args:
+            engine: the trainer.
+        """
+        if _rank() != 0:
+            return
+        best_metric, best_epoch = -1.0, -1
+        if self.evaluator is not None:
+            best_metric = float(self.evaluator.state.best_metric)
+            best_epoch = int(self.evaluator.state.best_metric_epoch)
+        # A kill between the two writes repeats this epoch and so writes the same model again.
+        if best_epoch in (engine.state.epoch, -1):
+            save_atomically(self.network.state_dict(), self.best)
+        content = {
+            "epoch": int(engine.state.epoch),
+            "iteration": int(engine.state.iteration),
+            "stopped": bool(engine.should_terminate),
+            "best_metric": best_metric,
+            "best_metric_epoch": best_epoch,
+            "network": self.network.state_dict(),
+            "random": _random_state(),
+            **{name: _stateful(part).state_dict() for name, part in self.objects.items()},
+        }
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None:
+            content["scaler"] = scaler.state_dict()
+        if self.latest.is_file():
+            os.replace(self.latest, self.previous)
+        save_atomically(content, self.latest)
+
+    def load(self, engine: Any) -> None:
+        """Continue from the checkpoint, if there is one and ``resume`` is set.
+
+        Args:
+            engine: the trainer.
+
+        Raises:
+            ValueError: When a checkpoint does not fit the network, optimiser or schedule of this run.
+        """
+        if not self.resume:
+            return
+        content = self._read()
+        if content is None:
+            return
+        try:
+            self.network.load_state_dict(content["network"])
+            for name, part in self.objects.items():
+                _stateful(part).load_state_dict(content[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{self.folder} holds a checkpoint of another training ({reason}); "
+                "give another ckpt_dir, or --resume false to start afresh"
+            ) from error
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None and "scaler" in content:
+            scaler.load_state_dict(content["scaler"])
+        engine.state.epoch = content["epoch"]
+        engine.state.iteration = content["iteration"]
+        if self.evaluator is not None:
+            self.evaluator.state.best_metric = content["best_metric"]
+            self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
+        _restore_random_state(content["random"])
+        if content["stopped"] or content["epoch"] >= engine.state.max_epochs:
+            logger.info(
+                f"training in {self.folder} had ended after epoch {content['epoch']}; nothing is left to do "
+                "(raise the number of epochs, or --resume false to start afresh)"
+            )
+            engine.state.max_epochs = content["epoch"]
+        else:
+            logger.info(
+                f"continuing after epoch {content['epoch']} of {engine.state.max_epochs} from {self.folder}"
+            )
+
+    def _read(self) -> dict[str, Any] | None:
+        for path in (self.latest, self.previous):
+            if not path.is_file():
+                continue
+            try:
+                return dict(torch.load(path, map_location=get_dist_device() or "cpu", weights_only=True))
+            except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+                logger.warning(
+                    f"{path} cannot be read ({type(error).__name__}); trying an earlier checkpoint"
+                )
+        return None
+
+
+def save_atomically(content: Any, path: str | os.PathLike) -> None:
+    """``torch.save`` to a temporary file that then takes the place of ``path``.
+
+    Args:
+        content: what to save.
+        path: file to write.
+    """
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def _rank() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if distributed else 0
+
+
+def _stateful(part: Any) -> Any:
+    """What carries the state: MONAI's EarlyStopHandler keeps ignite's EarlyStopping in an attribute."""
+    if isinstance(part, EarlyStopHandler):
+        if part._handler is None:
+            raise ValueError("early stopping has no trainer yet; call its set_trainer() before the run")
+        return part._handler
+    return part
+
+
+def _random_state() -> dict[str, Any]:
+    """The random states of torch, CUDA, numpy and Python as tensors, so that weights_only can load them."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    version, words, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy_position": [int(position), int(has_gauss), float(gauss)],
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_rest": [int(version), gauss_next],
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    position, has_gauss, gauss = state["numpy_position"]
+    np.random.set_state(
+        ("MT19937", state["numpy"].cpu().numpy().astype(np.uint32), position, has_gauss, gauss)
+    )
+    version, gauss_next = state["python_rest"]
+    random.setstate((version, tuple(int(word) for word in state["python"]), gauss_next))

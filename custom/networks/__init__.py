@@ -1,0 +1,32 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+"""The three networks of the bundles and, in ``attention``, the blocks they are made of."""
+
+from __future__ import annotations
+
+from custom.networks.attention import (
+    AttentionNetwork,
+    ChannelSE,
+    DAFBlock,
+    ECABlock,
+    GCABlock,
+    SCOATSpatialAttention,
+    SCSEBlock,
+)
+from custom.networks.dilated_attention_unet import DilatedAttentionUNet, DilatedResidualUnit
+from custom.networks.ncovsegnet import ECAResNet50, NCoVSegNet
+from custom.networks.scoatnet import SCOATNet
+
+__all__ = [
+    "AttentionNetwork",
+    "ChannelSE",
+    "DAFBlock",
+    "DilatedAttentionUNet",
+    "DilatedResidualUnit",
+    "ECABlock",
+    "ECAResNet50",
+    "GCABlock",
+    "NCoVSegNet",
+    "SCOATNet",
+    "SCOATSpatialAttention",
+    "SCSEBlock",
+]
