@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import Compose
+from monai.transforms import Compose, reset_ops_id
 from monai.utils import enums
 from torch.utils.data import Dataset
 
@@ -70,9 +69,11 @@ class CaseDataset(Dataset):
             try:
                 with torch.serialization.safe_globals(_SAFE):
                     return torch.load(path, weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except Exception as error:  # torn files raise whatever their bytes happen to mean
                 logger.warning(f"{path} cannot be read ({type(error).__name__}); the case is prepared again")
         prepared = self.transform(dict(case))
+        # The trace names the transforms by their address in this process; another one must invert it too.
+        reset_ops_id(prepared)
         with atomic_path(path) as temporary:
             torch.save(prepared, temporary)
         return prepared

@@ -6,12 +6,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from monai.data import pickle_hashing
+import monai
+import numpy as np
+import torch
 from monai.transforms import Compose
 
 from custom.data.files import write_json
@@ -85,8 +87,15 @@ def _files(case: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
                 yield key, path
 
 
+# What a transform gathers while it works, which says nothing about what it does.
+_WORKING_STATE = {"R", "_tracing", "filenames"}
+
+
 def transform_key(transform: Compose) -> str:
     """A string that changes when a deterministic transform or one of its parameters does.
+
+    It is made of the class names and attributes of the transforms, so it is the same in every process and
+    before and after use. (MONAI's pickle_hashing differs once a LoadImage has read a file.)
 
     Args:
         transform: what prepares a case.
@@ -94,10 +103,29 @@ def transform_key(transform: Compose) -> str:
     Raises:
         ValueError: When a transform holds something without a lasting identity, such as a lambda.
     """
-    try:
-        return str(pickle_hashing(transform.flatten().transforms).decode())
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    described = [_describe(part) for part in transform.flatten().transforms]
+    return hashlib.sha256(json.dumps([monai.__version__, described], sort_keys=True).encode()).hexdigest()
+
+
+def _describe(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return str(value) if isinstance(value, Enum) else value
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, (torch.dtype, torch.device, np.dtype, os.PathLike, Enum)):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_describe(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(_describe(item), sort_keys=True) for item in value)
+    named = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
+    name = f"{named.__module__}.{named.__qualname__}"
+    if "<lambda>" in name or "<locals>" in name:
         raise ValueError(
-            f"a transform cannot be part of a cache key ({error}); "
-            "name a function of a module instead of a lambda"
-        ) from error
+            f"a transform holds {name}, which a cache key cannot tell from others; name a module's function"
+        )
+    if named is value:
+        return name
+    return [name, {k: _describe(v) for k, v in sorted(vars(value).items()) if k not in _WORKING_STATE}]

@@ -1,0 +1,187 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import (
+    EarlyStopHandler,
+    LrScheduleHandler,
+    MeanSquaredError,
+    ValidationHandler,
+    from_engine,
+)
+from torch import nn
+
+from custom.data import EpochSampler
+from custom.handlers import ProgressBar, TrainingCheckpoint
+
+
+class Keyed(torch.utils.data.Dataset):
+    """Samples that depend on epoch and index, as SliceDataset's do."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, key):
+        epoch, index = key
+        generator = torch.Generator().manual_seed(100 * epoch + index)
+        x = torch.randn(1, 4, generator=generator)
+        return {"image": x, "label": x.sum(dim=1, keepdim=True)}
+
+
+def build(folder: Path, epochs: int, patience: int = 50, resume: bool = True) -> SupervisedTrainer:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    held_out = [{"image": torch.ones(1, 4), "label": torch.full((1, 1), 4.0)}]
+    output = from_engine(["pred", "label"])
+    early_stop = EarlyStopHandler(patience=patience, score_function=lambda e: -e.state.metrics["mse"])
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset(held_out), batch_size=1),
+        network=network,
+        key_val_metric={"mse": MeanSquaredError(output_transform=output)},
+        metric_cmp_fn=lambda new, old: new < old,
+        val_handlers=[early_stop],
+    )
+    checkpoint = TrainingCheckpoint(
+        folder,
+        network,
+        {"optimizer": optimizer, "lr_scheduler": scheduler, "early_stop": early_stop},
+        evaluator,
+        resume=resume,
+    )
+    data = Keyed()
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=DataLoader(data, batch_size=2, sampler=EpochSampler(data)),
+        network=network,
+        optimizer=optimizer,
+        loss_function=nn.MSELoss(),
+        decollate=False,
+        train_handlers=[
+            LrScheduleHandler(scheduler, print_lr=False),
+            ValidationHandler(interval=1, validator=evaluator),
+            checkpoint,
+            ProgressBar(evaluator=evaluator),
+        ],
+    )
+    early_stop.set_trainer(trainer)
+    trainer.checkpoint = checkpoint
+    return trainer
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def same(first, second) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
+@pytest.fixture
+def uninterrupted(tmp_path) -> dict:
+    build(tmp_path / "whole", 5).run()
+    return load(tmp_path / "whole" / "checkpoint_latest.pt")
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_a_resumed_training_equals_an_uninterrupted_one_in_everything(tmp_path, uninterrupted, done):
+    folder = tmp_path / "resumed"
+    build(folder, done).run()
+    torch.rand(13)  # the new process has another random state
+    build(folder, 5).run()
+    resumed = load(folder / "checkpoint_latest.pt")
+    assert same(resumed, uninterrupted)
+    assert same(load(folder / "model.pt"), load(tmp_path / "whole" / "model.pt"))
+
+
+def test_a_kill_within_an_epoch_repeats_that_epoch(tmp_path, uninterrupted):
+    folder = tmp_path / "killed"
+    trainer = build(folder, 5)
+
+    class Killed(BaseException):
+        pass
+
+    from ignite.engine import Events
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=8))
+    def kill(engine):
+        raise Killed
+
+    with pytest.raises(Killed):
+        trainer.run()
+    assert load(folder / "checkpoint_latest.pt")["epoch"] == 2
+    build(folder, 5).run()
+    assert same(load(folder / "checkpoint_latest.pt"), uninterrupted)
+
+
+@pytest.mark.parametrize("damage", [b"", b"torn", "cut"])
+def test_a_torn_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, uninterrupted, damage, caplog):
+    folder = tmp_path / "torn"
+    build(folder, 3).run()
+    latest = folder / "checkpoint_latest.pt"
+    latest.write_bytes(latest.read_bytes()[:2000] if damage == "cut" else damage)
+    build(folder, 5).run()
+    assert "checkpoint_latest.pt cannot be read" in caplog.text
+    assert same(load(latest), uninterrupted)
+
+
+def test_a_finished_or_stopped_training_stays_as_it_is(tmp_path):
+    build(tmp_path, 2).run()
+    before = load(tmp_path / "checkpoint_latest.pt")
+    trainer = build(tmp_path, 2)
+    trainer.run()
+    assert trainer.state.iteration == 6
+    assert same(load(tmp_path / "checkpoint_latest.pt"), before)
+    stopped = build(tmp_path / "early", 50, patience=1)
+    stopped.run()
+    ended = stopped.state.epoch
+    assert ended < 50 and load(tmp_path / "early" / "checkpoint_latest.pt")["stopped"]
+    again = build(tmp_path / "early", 50, patience=1)
+    again.run()
+    assert again.state.epoch == ended
+
+
+def test_model_holds_the_best_epoch_as_a_bare_state_dict(tmp_path):
+    build(tmp_path, 5).run()
+    checkpoint = load(tmp_path / "checkpoint_latest.pt")
+    best = checkpoint["best_metric_epoch"]
+    build(tmp_path / "until_best", best).run()
+    model = load(tmp_path / "model.pt")
+    assert same(model, load(tmp_path / "until_best" / "checkpoint_latest.pt")["network"])
+    assert all(isinstance(value, torch.Tensor) for value in model.values())
+
+
+def test_a_checkpoint_of_another_training_is_refused_and_can_be_overridden(tmp_path):
+    build(tmp_path, 1).run()
+    content = load(tmp_path / "checkpoint_latest.pt")
+    content["network"].pop("0.weight")
+    torch.save(content, tmp_path / "checkpoint_latest.pt")
+    with pytest.raises(ValueError, match="--resume false to start afresh"):
+        build(tmp_path, 2).run()
+    build(tmp_path, 2, resume=False).run()
+    assert load(tmp_path / "checkpoint_latest.pt")["epoch"] == 2
+
+
+def test_a_hostile_checkpoint_is_not_run(tmp_path):
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    build(tmp_path, 1).run()
+    torch.save({"network": Bomb()}, tmp_path / "checkpoint_latest.pt", pickle_module=pickle)
+    build(tmp_path, 2).run()
+    assert not (tmp_path / "exploded").exists()
