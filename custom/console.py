@@ -11,12 +11,21 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["DEBUG_VARIABLE", "bar_interval", "check_overrides", "command", "describe_error", "require_file", "start"]
+__all__ = [
+    "CohortError",
+    "DEBUG_VARIABLE",
+    "bar_interval",
+    "check_overrides",
+    "command",
+    "describe_error",
+    "require_file",
+    "start",
+]
 
 DEBUG_VARIABLE = "COVID_CT_DEBUG"
 """Set this environment variable to 1 to see full tracebacks."""
@@ -33,6 +42,20 @@ _PASTED_ERROR = re.compile(
 def bar_interval() -> float:
     """Seconds between two updates of a progress bar: often on a terminal, seldom in a log file."""
     return 0.5 if sys.stderr.isatty() else 20.0
+
+
+class CohortError(ValueError):
+    """Some studies of a cohort failed: exit code 1, or 2 when there was but one study.
+
+    Args:
+        failures: name and reason of each study that failed.
+        total: number of studies.
+    """
+
+    def __init__(self, failures: Sequence[Mapping[str, str]], total: int) -> None:
+        self.exit_code = 1 if total > 1 else 2
+        named = "; ".join(f"{failure['name']}: {failure['reason']}" for failure in failures)
+        super().__init__(f"{len(failures)} of {total} studies failed: {named}" if total > 1 else named)
 
 
 def _chain(error: BaseException) -> Iterable[BaseException]:
@@ -72,7 +95,7 @@ def _report(error: BaseException) -> int | None:
     if line is None:
         return None
     print(f"error: {line}", file=sys.stderr)
-    return 2
+    return next((e.exit_code for e in _chain(error) if isinstance(e, CohortError)), 2)
 
 
 class _EngineErrors(logging.Filter):
@@ -120,6 +143,8 @@ def start(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(code)
 
     sys.excepthook = hook
+    if os.environ.get("RANK", "0") != "0":  # in a distributed run the first process speaks for all
+        logging.getLogger().setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     if os.environ.get(DEBUG_VARIABLE) != "1":

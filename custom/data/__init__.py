@@ -2,11 +2,14 @@
 """Files and formats: data lists, slices, scans and the synthetic phantom. Imports no network."""
 
 from custom.data.cases import CaseDataset
+from custom.data.cohort import CohortLoader
 from custom.data.content import ContentHasher, transform_key
 from custom.data.datalist import assign_folds, load_cases, read_datalist, write_datalist
 from custom.data.dicom import find_studies
 from custom.data.dicom_series import choose_series, read_series
+from custom.data.dicom_writer import write_dicom_series
 from custom.data.files import atomic_path, write_json
+from custom.data.lidc_prepare import prepare_lidc
 from custom.data.phantom import make_phantom
 from custom.data.plain_slices import prepare_slices
 from custom.data.scans import list_scans, read_scan
@@ -14,6 +17,7 @@ from custom.data.slices import EpochSampler, SliceDataset
 
 __all__ = [
     "CaseDataset",
+    "CohortLoader",
     "ContentHasher",
     "EpochSampler",
     "SliceDataset",
@@ -24,11 +28,13 @@ __all__ = [
     "list_scans",
     "load_cases",
     "make_phantom",
+    "prepare_lidc",
     "prepare_slices",
     "read_datalist",
     "read_scan",
     "read_series",
     "transform_key",
     "write_datalist",
+    "write_dicom_series",
     "write_json",
 ]

@@ -48,6 +48,9 @@ class SliceDataset(Dataset):
         seed: seed of the augmentation.
         select: ``"all"`` slices, those in the ``"lung"`` (prepare must yield a ``lung`` mask), or those
             with a ``"lesion"``.
+        part: keep the slices from this to that fraction of all, in an order drawn from the seed:
+            ``(0.0, 0.8)`` and ``(0.8, 1.0)`` make the random split by slice of some papers, whose test slices
+            have neighbours of the same patient in training. ``None`` keeps all.
         num_workers: processes that prepare cases not in the cache yet.
 
     Raises:
@@ -63,16 +66,20 @@ class SliceDataset(Dataset):
         cache_dir: str | Path,
         seed: int = 0,
         select: str = "all",
+        part: tuple[float, float] | None = None,
         num_workers: int = 0,
     ) -> None:
         if select not in ("all", "lung", "lesion"):
             raise ValueError(f"select must be 'all', 'lung' or 'lesion', found '{select}'")
+        if part is not None and not 0 <= part[0] < part[1] <= 1:
+            raise ValueError(f"part must be two rising fractions within 0 and 1, found {tuple(part)}")
         self.data = list(data)
         self.prepare = prepare if isinstance(prepare, Compose) else Compose(prepare)
         self.augment = augment if isinstance(augment, Compose) else Compose(augment)
         self.cache_dir = Path(cache_dir)
         self.seed = seed
         self.select = select
+        self.part = part
         self.num_workers = num_workers
 
     @cached_property
@@ -95,6 +102,11 @@ class SliceDataset(Dataset):
         index = np.concatenate(cases), np.concatenate(slices)
         if not len(index[0]):
             raise ValueError(f"none of the {len(self.data)} cases has a slice of the kind '{self.select}'")
+        if self.part is not None:
+            order = np.random.default_rng(self.seed).permutation(len(index[0]))
+            first, last = (round(fraction * len(order)) for fraction in self.part)
+            kept = np.sort(order[first:last])
+            index = index[0][kept], index[1][kept]
         return index
 
     def _prepare_missing(self) -> None:

@@ -30,6 +30,7 @@ class ProgressBar:
         self.unit = unit
         self.evaluator = evaluator
         self._bar: tqdm | None = None
+        self._cohort: Any = None
 
     def attach(self, engine: Engine) -> None:
         """
@@ -43,7 +44,8 @@ class ProgressBar:
 
     def _start(self, engine: Engine) -> None:
         length, epochs = engine.state.epoch_length, engine.state.max_epochs
-        total = length * epochs if length and epochs else None
+        self._cohort = getattr(engine, "data_loader", None)
+        total = length * epochs if length and epochs else getattr(self._cohort, "total", None)
         main = getattr(engine.state, "rank", 0) == 0
         self._bar = tqdm(
             total=total,
@@ -68,7 +70,8 @@ class ProgressBar:
         if self.evaluator is not None and self.evaluator.state.best_metric_epoch > 0:
             shown["best"] = f"{self.evaluator.state.best_metric:.4f}"
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        # Studies that were passed over are no iterations, but they are done with.
+        self._bar.update(getattr(self._cohort, "position", self._bar.n + 1) - self._bar.n)
 
     def _close(self, engine: Engine) -> None:
         if self._bar is not None:

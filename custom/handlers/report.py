@@ -15,9 +15,12 @@ import torch
 from ignite.engine import Engine, Events
 
 import custom
+from custom.console import CohortError
+from custom.data.cohort import CohortLoader
 from custom.data.files import atomic_path, write_json
 from custom.reporting.figures import AttentionView, draw_overview, shown_voxel
 from custom.reporting.quantify import measure_opacity
+from custom.transforms.load import study_info
 
 __all__ = ["StudyReport"]
 
@@ -31,18 +34,21 @@ class StudyReport:
     """Writes, for every study an evaluator has segmented, into ``output_dir/<name>/``:
 
     - ``<name>_opacity.nii.gz``: the mask on the scan's own grid, its affine equal to the scan's;
+    - ``<name>_lungs.nii.gz``: the lung mask (1 left, 2 right), where preprocessing made one;
     - ``<name>_overview.png``: three planes with contours, and attention maps where the network has them;
     - ``<name>_report.json``: volumes in mL, null plus a reason where unknown. It is written last, so
       where it stands, the study is complete.
 
-    The batch must hold ``scan`` (the image as loaded, HU) and ``name``; the output ``pred`` is the mask
-    after inversion of every spatial step and ``image`` what the network saw.
+    The batch must hold ``scan`` (the image as loaded, HU), ``name`` and may hold ``lung``; the output
+    ``pred`` is the mask after inversion of every spatial step and ``image`` what the network saw. A study
+    that could not be prepared gets a report with nulls and the reason, and no mask.
 
     Args:
         output_dir: folder for the studies' folders.
         network: its ``attention_maps`` are drawn, if it has that method.
         bundle: name of the bundle, for the report.
         weights: weights file, whose hash goes into the report.
+        cohort: the loader of the studies, which knows those that failed.
     """
 
     def __init__(
@@ -51,11 +57,13 @@ class StudyReport:
         network: torch.nn.Module | None = None,
         bundle: str = "",
         weights: str | os.PathLike | None = None,
+        cohort: CohortLoader | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.network = network
         self.bundle = bundle
         self.weights = None if weights is None else Path(weights)
+        self.cohort = cohort
         self._model: dict[str, Any] | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -76,6 +84,18 @@ class StudyReport:
         for study, output in zip(engine.state.batch, engine.state.output, strict=True):
             self.write(study, output)
 
+    def finish(self) -> None:
+        """Report the studies that failed, after all others are done.
+
+        Raises:
+            CohortError: When there are any.
+        """
+        failures = [] if self.cohort is None else self.cohort.failures
+        for failure in failures:
+            self._write_failure(failure["name"], failure["reason"])
+        if self.cohort is not None and failures:
+            raise CohortError(failures, self.cohort.total)
+
     def write(self, study: dict[str, Any], output: dict[str, Any]) -> None:
         """Write one study's files.
 
@@ -87,38 +107,54 @@ class StudyReport:
             ValueError: When the mask is not on the scan's grid.
         """
         name = study["name"]
-        scan, mask = study["scan"], output["pred"]
-        affine = _same_grid(scan, mask, name)
-        hu = np.asarray(scan.cpu())[0]
-        opacity = (np.asarray(mask.cpu())[0] > 0).astype(np.uint8)
+        affine = _same_grid(study["scan"], output["pred"], name)
+        hu = np.asarray(study["scan"].cpu())[0]
+        opacity = (np.asarray(output["pred"].cpu())[0] > 0).astype(np.uint8)
+        lungs = np.asarray(study["lung"].cpu())[0].astype(np.uint8) if "lung" in study else None
         folder = self.output_dir / name
 
-        mask_file = folder / f"{name}_opacity.nii.gz"
-        nifti = nib.Nifti1Image(opacity if opacity.ndim == 3 else opacity[..., None], affine)
-        nifti.set_qform(affine, code=1)
-        nifti.set_sform(affine, code=1)
-        nifti.header.set_xyzt_units("mm")
-        with atomic_path(mask_file) as temporary:
-            nib.save(nifti, temporary)
-
-        measured = measure_opacity(opacity, affine)
-        total = measured["opacity_volume_ml"]["total"]
-        lines = [
-            f"opacity {total:.1f} mL" if total is not None else f"opacity {measured['opacity_voxels']} voxels"
-        ]
+        masks = {"opacity": opacity, "lungs": lungs}
+        files = {kind: f"{name}_{kind}.nii.gz" for kind, mask in masks.items() if mask is not None}
+        for kind, file in files.items():
+            _write_mask(folder / file, masks[kind], affine)
+        measured = measure_opacity(opacity, affine, lungs)
+        lines = _headline(measured)
         attention = self._attention(output["image"], opacity, affine)
-        draw_overview(folder / f"{name}_overview.png", hu, opacity, affine, name, lines, attention=attention)
-        report = {
+        picture = f"{name}_overview.png"
+        draw_overview(folder / picture, hu, opacity, affine, name, lines, lungs=lungs, attention=attention)
+        source = study_info(study["scan"]) if "study" in study["scan"].meta else {}
+        write_json(
+            folder / f"{name}_report.json",
+            {
+                **self._head(name),
+                "status": "segmented",
+                "files": {**files, "overview": picture},
+                "series_choice": source.get("series_choice"),
+                "grid": {"shape": list(opacity.shape), "affine": affine.tolist()},
+                **measured,
+            },
+        )
+        logger.info(f"{name}: {', '.join(lines)}; written to {folder}")
+
+    def _write_failure(self, name: str, reason: str) -> None:
+        folder = self.output_dir / name
+        if folder.is_dir():  # results of an earlier run must not pass for this one's
+            for stale in folder.glob(f"{name}_*"):
+                stale.unlink()
+        nothing = measure_opacity(np.zeros((0, 0, 0), np.uint8), None, None, reason, reason)
+        nothing["opacity_voxels"] = None
+        write_json(
+            folder / f"{name}_report.json",
+            {**self._head(name), "status": "failed", "reason": reason, **nothing},
+        )
+
+    def _head(self, name: str) -> dict[str, Any]:
+        return {
             "schema_version": SCHEMA_VERSION,
             "study": name,
-            "mask_file": mask_file.name,
-            "model": self._describe_model(),
-            "grid": {"shape": list(opacity.shape), "affine": np.asarray(affine).tolist()},
-            **measured,
             "notice": "Research use only. Not a medical device.",
+            "model": self._describe_model(),
         }
-        write_json(folder / f"{name}_report.json", report)
-        logger.info(f"{name}: {', '.join(lines)}; written to {folder}")
 
     def _describe_model(self) -> dict[str, Any]:
         if self._model is None:
@@ -154,6 +190,29 @@ class StudyReport:
         return AttentionView(
             seen[0].cpu().numpy(), {key: value[0, 0].float().cpu().numpy() for key, value in maps.items()}
         )
+
+
+def _write_mask(path: Path, mask: np.ndarray, affine: np.ndarray) -> None:
+    nifti = nib.Nifti1Image(mask if mask.ndim == 3 else mask[..., None], affine)
+    nifti.set_qform(affine, code=1)
+    nifti.set_sform(affine, code=1)
+    nifti.header.set_xyzt_units("mm")
+    with atomic_path(path) as temporary:
+        nib.save(nifti, temporary)
+
+
+def _headline(measured: dict[str, Any]) -> list[str]:
+    volume, percent = measured["opacity_volume_ml"], measured["opacity_percent_of_lung"]["total"]
+    if volume["total"] is None:
+        return [f"opacity {measured['opacity_voxels']} voxels"]
+    lines = [f"opacity {volume['total']:.1f} mL"]
+    if percent is not None:
+        lines.append(
+            f"{percent:.1f} % of lung (left {volume['left']:.1f} mL, right {volume['right']:.1f} mL)"
+        )
+    if volume["outside_lungs"]:
+        lines.append(f"{volume['outside_lungs']:.1f} mL outside the lung mask")
+    return lines
 
 
 def _peak(opacity: np.ndarray) -> tuple[int, ...]:

@@ -3,17 +3,39 @@
 
 from custom.transforms.checks import CheckSameGridD, CheckSameGridd, CheckSameGridDict
 from custom.transforms.hounsfield import ValidateHU, ValidateHUD, ValidateHUd, ValidateHUDict
+from custom.transforms.intensity import NormalizeSlicesD, NormalizeSlicesd, NormalizeSlicesDict
 from custom.transforms.load import LoadCTD, LoadCTd, LoadCTDict
+from custom.transforms.lung import (
+    CropLungD,
+    CropLungd,
+    CropLungDict,
+    LungMaskD,
+    LungMaskd,
+    LungMaskDict,
+    NoLungError,
+)
+from custom.transforms.lung_extraction import extract_lungs
 
 __all__ = [
     "CheckSameGridD",
     "CheckSameGridDict",
     "CheckSameGridd",
+    "CropLungD",
+    "CropLungDict",
+    "CropLungd",
     "LoadCTD",
     "LoadCTDict",
     "LoadCTd",
+    "LungMaskD",
+    "LungMaskDict",
+    "LungMaskd",
+    "NoLungError",
+    "NormalizeSlicesD",
+    "NormalizeSlicesDict",
+    "NormalizeSlicesd",
     "ValidateHU",
     "ValidateHUD",
     "ValidateHUDict",
     "ValidateHUd",
+    "extract_lungs",
 ]

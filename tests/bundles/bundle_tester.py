@@ -22,7 +22,7 @@ class Bundle:
 
     name: str
     reduced: dict = field(default_factory=dict)  # overrides of train, evaluate and inference
-    loss_overlays: tuple[str, ...] = ()
+    overlays: tuple[str, ...] = ()  # laid over train.json
 
     @property
     def folder(self) -> Path:

@@ -52,6 +52,17 @@ def test_slices_are_drawn_across_cases(cases, tmp_path):
     assert int(lesions[1]["label"].sum()) == 1
 
 
+def test_parts_by_slice_are_disjoint_and_complete(cases, tmp_path):
+    parts = [
+        values(SliceDataset(cases, read(), [], tmp_path / "cache", seed=4, part=part))
+        for part in ((0, 0.7), (0.7, 1))
+    ]
+    assert [len(part) for part in parts] == [5, 2]
+    assert sorted(parts[0] + parts[1]) == [0, 1, 2, 100, 101, 102, 103]
+    with pytest.raises(ValueError, match="two rising fractions"):
+        SliceDataset(cases, read(), [], tmp_path, part=(0.5, 0.2))
+
+
 def test_no_slice_of_a_kind_is_an_error(cases, tmp_path):
     with pytest.raises(ValueError, match="none of the 2 cases has a slice of the kind 'lung'"):
         len(SliceDataset(cases, read(), [], tmp_path / "cache", select="lung"))

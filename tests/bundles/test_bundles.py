@@ -24,23 +24,42 @@ from bundle_tester import (
 from monai.bundle import onnx_export, verify_metadata, verify_net_in_out
 from PIL import Image
 
-BUNDLE = Bundle(
-    "covid_ct_scoatnet_segmentation",
-    reduced={"image_size": [32, 32], "network_def::channels": [8, 8, 8, 8, 8], "batch_size": 4},
-    loss_overlays=("loss_mae", "loss_iou", "loss_bce", "loss_dice", "loss_focal", "loss_bce_dice"),
-)
+BUNDLES = [
+    Bundle(
+        "covid_ct_scoatnet_segmentation",
+        reduced={"image_size": [32, 32], "network_def::channels": [8, 8, 8, 8, 8], "batch_size": 4},
+        overlays=("loss_mae", "loss_iou", "loss_bce", "loss_dice", "loss_focal", "loss_bce_dice"),
+    ),
+    Bundle(
+        "covid_ct_attention_unet_segmentation",
+        reduced={"image_size": [32, 32], "network_def::channels": [4, 4, 8, 8, 8], "batch_size": 4},
+        overlays=(
+            "table1_baseline_dice",
+            "table1_baseline_ftl",
+            "table1_attention_dice",
+            "table1_attention_ftl",
+            "random_slice_split",
+        ),
+    ),
+]
+SCOATNET, ATTENTION_UNET = BUNDLES
+
+
+@pytest.fixture(scope="module", params=BUNDLES, ids=lambda bundle: bundle.name)
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def trained(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def trained(bundle: Bundle, cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     work = tmp_path_factory.mktemp("bundle")
-    return work, train_evaluate_infer(BUNDLE, cohort, work)
+    return work, train_evaluate_infer(bundle, cohort, work)
 
 
-def test_train_evaluate_and_infer(trained, cohort):
+def test_train_evaluate_and_infer(bundle, trained, cohort):
     work, report = trained
     scan = nib.load(sorted(cohort.glob("*_ct.nii.gz"))[0])
-    mask = nib.load(work / "output" / report["study"] / report["mask_file"])
+    mask = nib.load(work / "output" / report["study"] / report["files"]["opacity"])
     assert mask.shape == scan.shape and np.array_equal(mask.affine, scan.affine)
     voxels = int(np.count_nonzero(mask.get_fdata()))
     assert report["opacity_voxels"] == voxels
@@ -50,18 +69,18 @@ def test_train_evaluate_and_infer(trained, cohort):
     assert min(Image.open(picture).size) > 400
 
 
-def test_configs_agree():
-    check_configs_agree(BUNDLE)
+def test_configs_agree(bundle):
+    check_configs_agree(bundle)
 
 
-def test_overlays_have_all_properties(cohort, tmp_path):
-    paths = BUNDLE.training_paths(tmp_path, cohort)
-    for overlay in BUNDLE.loss_overlays:
-        workflow = BUNDLE.workflow("train", ("train", overlay), paths)
+def test_overlays_have_all_properties(bundle, cohort, tmp_path):
+    paths = bundle.training_paths(tmp_path, cohort)
+    for overlay in bundle.overlays:
+        workflow = bundle.workflow("train", ("train", overlay), paths)
         assert workflow.check_properties() == [], overlay
 
 
-def test_losses_of_table_1_by_hand(cohort, tmp_path):
+def test_losses_of_scoatnets_table_1_by_hand(cohort, tmp_path):
     logits = torch.tensor([[[[0.0, 2.0], [-1.0, 0.5]]], [[[1.0, -2.0], [3.0, 0.0]]]])
     target = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]], [[[1.0, 0.0], [1.0, 0.0]]]])
     p, y = torch.sigmoid(logits).numpy().astype(float), target.numpy().astype(float)
@@ -77,14 +96,14 @@ def test_losses_of_table_1_by_hand(cohort, tmp_path):
         "loss_bce_dice": bce + 0.5 * dice,
     }
     for overlay, value in expected.items():
-        workflow = BUNDLE.workflow("train", ("train", overlay), BUNDLE.training_paths(tmp_path, cohort))
+        workflow = SCOATNET.workflow("train", ("train", overlay), SCOATNET.training_paths(tmp_path, cohort))
         loss = workflow.parser.get_parsed_content("loss")
         assert float(loss(logits, target)) == pytest.approx(value, abs=1e-4), overlay
 
 
-def test_metadata_network_and_onnx(tmp_path, trained):
+def test_metadata_network_and_onnx(bundle, tmp_path, trained):
     work, _ = trained
-    metadata = BUNDLE.folder / "configs" / "metadata.json"
+    metadata = bundle.folder / "configs" / "metadata.json"
     schema = (
         Path(__file__).parent / "meta_schema_20240725.json"
     )  # MONAI's, Apache-2.0, so that no network is needed
@@ -95,12 +114,12 @@ def test_metadata_network_and_onnx(tmp_path, trained):
         for value in side.values():
             value["spatial_shape"] = [64, 64]
     (tmp_path / "metadata.json").write_text(json.dumps(small))
-    overrides = {"network_def::channels": BUNDLE.reduced["network_def::channels"]}
+    overrides = {"network_def::channels": bundle.reduced["network_def::channels"]}
     for config in ("train", "inference"):
         verify_net_in_out(
             net_id="network_def",
             meta_file=str(tmp_path / "metadata.json"),
-            config_file=BUNDLE.config(config)[0],
+            config_file=bundle.config(config)[0],
             **overrides,
         )
     onnx_export(
@@ -108,7 +127,7 @@ def test_metadata_network_and_onnx(tmp_path, trained):
         filepath=str(tmp_path / "model.onnx"),
         ckpt_file=str(work / "models" / "model.pt"),
         meta_file=str(tmp_path / "metadata.json"),
-        config_file=BUNDLE.config("inference")[0],
+        config_file=bundle.config("inference")[0],
         input_shape=[1, 1, 64, 64],
         use_trace=True,
         **overrides,
@@ -118,14 +137,14 @@ def test_metadata_network_and_onnx(tmp_path, trained):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     image = np.random.default_rng(0).random((1, 1, 64, 64), dtype=np.float32)
     (logits,) = session.run(None, {session.get_inputs()[0].name: image})
-    workflow = BUNDLE.workflow("infer", ("inference",), {"ckpt_path": str(work / "models" / "model.pt")})
+    workflow = bundle.workflow("infer", ("inference",), {"ckpt_path": str(work / "models" / "model.pt")})
     network = workflow.parser.get_parsed_content("network_def")
     network.load_state_dict(torch.load(work / "models" / "model.pt", weights_only=True))
     with torch.no_grad():
         assert np.allclose(logits, network.eval()(torch.from_numpy(image)).numpy(), atol=1e-4)
 
 
-def test_training_on_plain_slices(tmp_path):
+def test_training_on_plain_slices(bundle, tmp_path):
     from custom.data import prepare_slices
 
     rng = np.random.default_rng(0)
@@ -140,52 +159,52 @@ def test_training_on_plain_slices(tmp_path):
         )
         Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
     prepare_slices(tmp_path / "images", tmp_path / "masks", tmp_path / "data", n_folds=3)
-    overrides = {**BUNDLE.training_paths(tmp_path, tmp_path / "data"), "epochs": 2}
-    workflow = BUNDLE.workflow("train", ("train", "train_slices"), overrides)
+    overrides = {**bundle.training_paths(tmp_path, tmp_path / "data"), "epochs": 2}
+    workflow = bundle.workflow("train", ("train", "train_slices"), overrides)
     assert workflow.check_properties() == []
     workflow.run()
-    evaluation = BUNDLE.workflow("train", ("train", "train_slices", "evaluate"), overrides)
+    evaluation = bundle.workflow("train", ("train", "train_slices", "evaluate"), overrides)
     assert evaluation.check_properties() == []
     evaluation.run()
     assert (tmp_path / "eval" / "metrics.csv").is_file()
 
 
-def test_it_runs_from_its_folder_and_from_the_root(cohort, tmp_path, trained):
+def test_it_runs_from_its_folder_and_from_the_root(bundle, cohort, tmp_path, trained):
     work, _ = trained
-    for place in (BUNDLE.folder, ROOT):
-        paths = BUNDLE.training_paths(work, cohort)
+    for place in (bundle.folder, ROOT):
+        paths = bundle.training_paths(work, cohort)
         paths["output_dir"] = str(tmp_path / place.name)
-        if place == BUNDLE.folder:
+        if place == bundle.folder:
             del paths["bundle_root"]
-        done = run_bundle(BUNDLE, ("train", "evaluate"), paths, cwd=place)
+        done = run_bundle(bundle, ("train", "evaluate"), paths, cwd=place)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / place.name / "metrics.csv").is_file()
 
 
-def test_user_errors_end_in_one_line_and_code_2(cohort, tmp_path):
-    paths = BUNDLE.training_paths(tmp_path, cohort)
+def test_user_errors_end_in_one_line_and_code_2(bundle, cohort, tmp_path):
+    paths = bundle.training_paths(tmp_path, cohort)
     mistakes = [
         (("train",), {**paths, "dataset_dir": str(tmp_path / "none")}, "datalist.json not found"),
         (("train",), {**paths, "epoch": 3}, "did you mean --epochs?"),
         (("train", "evaluate"), paths, "model.pt not found"),
     ]
     for names, overrides, message in mistakes:
-        done = run_bundle(BUNDLE, names, overrides)
+        done = run_bundle(bundle, names, overrides)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
         assert "Traceback" not in done.stderr + done.stdout
 
 
-def test_killed_at_a_random_moment_and_restarted_gives_the_same_weights(cohort, tmp_path):
+def test_killed_at_a_random_moment_and_restarted_gives_the_same_weights(bundle, cohort, tmp_path):
     def paths(name: str) -> dict:
-        return {**BUNDLE.training_paths(tmp_path / name, cohort), "epochs": 4}
+        return {**bundle.training_paths(tmp_path / name, cohort), "epochs": 4}
 
-    done = run_bundle(BUNDLE, ("train",), paths("whole"))
+    done = run_bundle(bundle, ("train",), paths("whole"))
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "killed" / "models" / "checkpoint_latest.pt"
     moment = random.Random(time.time_ns()).uniform(0, 1.5)
     process = subprocess.Popen(
-        bundle_command(BUNDLE, ("train",), paths("killed")),
+        bundle_command(bundle, ("train",), paths("killed")),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -195,7 +214,7 @@ def test_killed_at_a_random_moment_and_restarted_gives_the_same_weights(cohort, 
     time.sleep(moment)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    again = run_bundle(BUNDLE, ("train",), paths("killed"))
+    again = run_bundle(bundle, ("train",), paths("killed"))
     assert again.returncode == 0, again.stderr
     whole, resumed = (
         torch.load(tmp_path / name / "models" / "checkpoint_latest.pt", weights_only=True)["network"]
