@@ -6,14 +6,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from custom.console import command
+from custom.data import write_dicom_series
 from custom.data.phantom import make_phantom, write_cohort
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,11 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=ROOT / "demo")
     parser.add_argument("--cases", type=int, default=12, help="synthetic patients; a quarter is held out")
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=40)
     options = parser.parse_args(argv)
     started = time.monotonic()
     folder = options.output_dir.resolve()
 
+    for made_again in ("new_patient", "results"):
+        shutil.rmtree(folder / made_again, ignore_errors=True)
     print(f"Making {options.cases} synthetic chest CTs in {folder / 'phantoms'} ...", flush=True)
     write_cohort(folder / "phantoms", options.cases, seed=1, shape=SHAPE, spacing=SPACING, n_folds=4)
     reduced = [
@@ -58,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     run_bundle("['configs/train.json','configs/evaluate.json']", *data, *reduced)
 
     scan = make_phantom(shape=SHAPE, spacing=SPACING, seed=1000)
-    files = scan.save(folder / "new_patient_truth", "patient")
-    (folder / "new_patient").mkdir(exist_ok=True)
-    os.replace(files["ct"], folder / "new_patient" / "patient_ct.nii.gz")
+    write_dicom_series(folder / "new_patient", scan.image, scan.affine, seed=1000)
     run_bundle(
         "configs/inference.json",
         *("--dataset_dir", str(folder / "new_patient"), "--output_dir", str(folder / "results")),
@@ -69,14 +70,16 @@ def main(argv: list[str] | None = None) -> int:
 
     with open(folder / "scores" / "metrics.csv", encoding="utf-8") as file:
         scores = {row[0]: float(row[1]) for row in csv.reader(file)}
-    report = json.loads(
-        (folder / "results" / "patient_ct" / "patient_ct_report.json").read_text(encoding="utf-8")
-    )
+    (report_file,) = (folder / "results").rglob("*_report.json")
+    report = json.loads(report_file.read_text(encoding="utf-8"))
     truth = float((scan.label > 0).sum()) * SPACING[0] * SPACING[1] * SPACING[2] / 1000
     print(f"\nHeld-out synthetic patients (seed 0, {options.epochs} epochs at 96x96), mean over cases:")
     print(f"  Dice {scores['val_mean_dice']:.3f}, sensitivity {scores['val_sensitivity']:.3f}, ", end="")
     print(f"PPV {scores['val_ppv']:.3f}")
-    print(f"New patient: opacity {report['opacity_volume_ml']['total']:.0f} mL, truth {truth:.0f} mL")
+    found, percent = report["opacity_volume_ml"]["total"], report["opacity_percent_of_lung"]["total"]
+    print(
+        f"New patient (DICOM): opacity {found:.0f} mL, truth {truth:.0f} mL; {percent:.1f} % of the lungs"
+    )
     print(f"Pictures, masks and reports: {folder / 'results'}")
     for picture in sorted((folder / "results").rglob("*.png")):
         print(f"  {picture}")

@@ -10,6 +10,7 @@ from custom.data.dicom_series import choose_series, read_series
 from custom.data.dicom_writer import write_dicom_series
 from custom.data.files import atomic_path, write_json
 from custom.data.lidc_prepare import prepare_lidc
+from custom.data.multiscale import MultiScaleBatch
 from custom.data.phantom import make_phantom
 from custom.data.plain_slices import prepare_slices
 from custom.data.scans import list_scans, read_scan
@@ -20,6 +21,7 @@ __all__ = [
     "CohortLoader",
     "ContentHasher",
     "EpochSampler",
+    "MultiScaleBatch",
     "SliceDataset",
     "assign_folds",
     "atomic_path",

@@ -192,9 +192,16 @@ class EpochSampler(DistributedSampler):
         dataset: what is drawn from.
         seed: seed of the order.
         shuffle: whether to shuffle.
+        passes: how often each batch is drawn in a row; above 1 the last, smaller batch is left out.
+        batch_size: samples of a batch, needed where ``passes`` is above 1.
+
+    Raises:
+        ValueError: When ``passes`` is below 1 or no batch is full.
     """
 
-    def __init__(self, dataset: Dataset, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self, dataset: Dataset, seed: int = 0, shuffle: bool = True, passes: int = 1, batch_size: int = 1
+    ) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         super().__init__(
             dataset,
@@ -203,10 +210,22 @@ class EpochSampler(DistributedSampler):
             shuffle=shuffle,
             seed=seed,
         )
+        if passes < 1 or (passes > 1 and self.num_samples < batch_size):
+            raise ValueError(f"{passes} passes over batches of {batch_size} from {self.num_samples} samples")
+        self.passes = passes
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
-        epoch = self.epoch
-        return ((epoch, index) for index in super().__iter__())
+        keys = [(self.epoch, index) for index in super().__iter__()]
+        if self.passes > 1:
+            full = range(0, len(keys) - self.batch_size + 1, self.batch_size)
+            keys = [key for start in full for key in keys[start : start + self.batch_size] * self.passes]
+        return iter(keys)
+
+    def __len__(self) -> int:
+        if self.passes == 1:
+            return int(self.num_samples)
+        return int(self.num_samples // self.batch_size * self.batch_size * self.passes)
 
 
 class _Preparation:

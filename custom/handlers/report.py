@@ -169,7 +169,7 @@ class StudyReport:
         return self._model
 
     def _attention(
-        self, image: torch.Tensor, opacity: np.ndarray, affine: np.ndarray
+        self, image: Any, opacity: np.ndarray, affine: np.ndarray
     ) -> AttentionView | None:
         """The network's maps on the slice that the overview shows: one slice's forward pass."""
         maps_of = getattr(self.network, "attention_maps", None)

@@ -140,7 +140,7 @@ class CropLungd(MapTransform, InvertibleTransform):
         return d
 
     def _box(self, mask: Any) -> tuple[slice, ...]:
-        found = np.asarray(mask.cpu()).any(axis=0)
+        found: Any = np.asarray(mask.cpu()).any(axis=0)
         if not found.any():
             raise NoLungError("the lung mask is empty; there is nothing to crop to")
         affine = np.asarray(mask.affine.cpu(), dtype=float)

@@ -21,7 +21,7 @@ AERATED_HU = -500.0  # aerated lung is below
 DENSE_HU = -200.0  # ground-glass and most partial volume is below, fat is above
 ISLAND_HU = -300.0
 BONE_HU, GLARE_HU = 150.0, 800.0
-FREE_AIR_HU = -950.0
+FREE_AIR_HU = -930.0
 
 # Levels at which air falls apart into pieces, darkest first, and what makes a piece gas instead of lung: the largest
 # share of lung behind its rim, the highest lower quartile (HU) and the largest volume (mL). Stomach and colon can
@@ -33,10 +33,11 @@ BRONCHUS_HU = -850.0  # one more level for single slices, where no trachea shows
 MIN_EXTENT_MM = 20.0  # a scan of fewer slices counts as this thick when volumes decide
 
 SKIN_MM = 5.0  # no lung lies nearer to the skin
+MAX_OPEN_SHARE = 0.05
 CAGE_MM = 12.0  # half a gap between ribs
 GLARE_MM = 20.0  # streaks of metal and dense contrast medium pretend to be ground-glass this far
 ISLAND_MM = 10.0  # largest gap between parts of a lung
-BRIDGE_MM, CLOSING_MM = 4.0, 12.0
+BRIDGE_MM, CLOSING_MM = 4.0, 15.0
 MIN_AREA_MM2, MAX_HOLE_MM2 = 200.0, 1500.0
 
 
@@ -73,8 +74,10 @@ def find_lungs(hu: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.ndar
     cage = _count_hits(dilate_box((hu > BONE_HU) & inside, CAGE_MM, spacing), closed)
     glare = dilate_box(hu > GLARE_HU, GLARE_MM, spacing)
     wide_gas = dilate_box(gas, SKIN_MM, spacing)
+    opening = air & dilate_box((hu < AERATED_HU) & ~inside, spacing[2], spacing)
+    open_air = dilate_box(opening, SKIN_MM + 2 * spacing[2], spacing)
     for value, side in ((1, left), (2, ~left)):
-        lung = _choose(hu, lung_like & side, cage, glare, wide_gas, spacing)
+        lung = _choose(hu, lung_like & side, cage, glare, wide_gas, open_air, spacing)
         if lung.any():
             allowed = side & inside & ~gas
             lung = close_ball(lung, BRIDGE_MM, spacing) & allowed
@@ -91,24 +94,21 @@ def _largest(mask: np.ndarray) -> np.ndarray:
     return (labels == sizes.argmax()) & mask
 
 
-def _closed_faces(hu: np.ndarray) -> dict[tuple[int, int], bool]:
-    """Which lateral faces of the image cut through the body instead of showing air around it."""
+def _closed_faces(hu: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
+    """In which slices a lateral face of the image cuts through the body instead of showing air around it."""
     return {
-        (axis, step): bool((np.take(hu, 0 if step == 1 else -1, axis) < FREE_AIR_HU).mean() < 0.5)
+        (axis, step): (np.take(hu, 0 if step == 1 else -1, axis) < FREE_AIR_HU).mean(1) < 0.5
         for axis in (1, 2)
         for step in (1, -1)
     }
 
 
-def _count_hits(mask: np.ndarray, closed: dict[tuple[int, int], bool]) -> np.ndarray:
-    """In how many of the four directions in plane ``mask`` lies, or the image ends within the body, (Z, Y, X)."""
+def _count_hits(mask: np.ndarray, closed: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
+    """In how many of the four directions in plane ``mask`` lies, or the image ends in the body, (Z, Y, X)."""
     hits = np.zeros(mask.shape, np.uint8)
     for (axis, step), end in closed.items():
-        if end:
-            hits += 1
-        else:
-            view = (slice(None),) * axis + (slice(None, None, step),)
-            hits[view] += np.maximum.accumulate(mask[view], axis=axis)
+        view = (slice(None),) * axis + (slice(None, None, step),)
+        hits[view] += np.maximum.accumulate(mask[view], axis=axis) | end[:, None, None]
     return hits
 
 
@@ -144,6 +144,7 @@ def _choose(
     cage: np.ndarray,
     glare: np.ndarray,
     wide_gas: np.ndarray,
+    open_air: np.ndarray,
     spacing: np.ndarray,
 ) -> np.ndarray:
     """The large pieces on one side with the islands that disease has left near them.
@@ -154,6 +155,7 @@ def _choose(
         cage: in how many directions bone lies: 3 or 4 in the chest, fewer for air between arm, skin and couch.
         glare: where streaks are to be expected.
         wide_gas: surroundings of other air, where no islands are taken.
+        open_air: where a hollow of the body's surface opens, as between neck and shoulder.
         spacing: mm along Z, Y, X.
     """
     labels, count = cc3d.connected_components(lung_like, connectivity=6, return_N=True)
@@ -165,6 +167,7 @@ def _choose(
     size, air = np.bincount(labels[lung_like], minlength=count + 1), voxels(aerated)
     good = voxels(aerated & (cage >= 3)) >= 0.5 * air
     good &= (voxels(hu < ISLAND_HU) > 0.55 * size) | (voxels((cage == 4) & ~glare) > 0.5 * size)
+    good &= voxels(open_air) <= MAX_OPEN_SHARE * size
     good[0] = False
     main = np.where(good, air, 0)
     big = good & (main >= 0.2 * main.max())

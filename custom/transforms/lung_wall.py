@@ -16,8 +16,8 @@ STEP_DEG, STEP_MM, RANGE_MM = 3.0, 1.5, 180.0
 ANGLES_DEG = np.arange(-42.0, 121.0, STEP_DEG)
 GAP_MM, GAP_DEG, SLICE_GAP_DEG = 30.0, 27.0, 63.0  # largest gaps between ribs; within one slice they are wide
 PLEURA_MM = 3.0
-MIN_DEPTH_MM, MAX_DEPTH_MM = 12.0, 70.0  # chest wall between lung and ribs is up to 12 mm thick in health
-APEX_MM = 30.0  # the first ribs run too flat to bound the apex
+MIN_DEPTH_MM, MAX_DEPTH_MM = 15.0, 70.0  # chest wall between lung and ribs is up to 12 mm thick in health
+APEX_MM = 40.0  # the first ribs run too flat to bound the apex
 SMOOTH_MM = 20.0
 
 

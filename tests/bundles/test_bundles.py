@@ -41,8 +41,13 @@ BUNDLES = [
             "random_slice_split",
         ),
     ),
+    Bundle(
+        "covid_ct_ncovsegnet_segmentation",
+        reduced={"image_size": [64, 64], "width": 0.02, "batch_size": 4, "scales": [0.5, 1.0]},
+        overlays=tuple(f"table5_{row}" for row in "abcdefgh") + ("three_passes",),
+    ),
 ]
-SCOATNET, ATTENTION_UNET = BUNDLES
+SCOATNET = BUNDLES[0]
 
 
 @pytest.fixture(scope="module", params=BUNDLES, ids=lambda bundle: bundle.name)
@@ -114,7 +119,7 @@ def test_metadata_network_and_onnx(bundle, tmp_path, trained):
         for value in side.values():
             value["spatial_shape"] = [64, 64]
     (tmp_path / "metadata.json").write_text(json.dumps(small))
-    overrides = {"network_def::channels": bundle.reduced["network_def::channels"]}
+    overrides = {k: v for k, v in bundle.reduced.items() if k in ("network_def::channels", "width")}
     for config in ("train", "inference"):
         verify_net_in_out(
             net_id="network_def",
