@@ -119,7 +119,7 @@ class StudyReport:
             _write_mask(folder / file, masks[kind], affine)
         measured = measure_opacity(opacity, affine, lungs)
         lines = _headline(measured)
-        attention = self._attention(output["image"], opacity, affine)
+        attention = self._attention(output["image"], shown_voxel(_volume(opacity), _volume(lungs)), affine)
         picture = f"{name}_overview.png"
         draw_overview(folder / picture, hu, opacity, affine, name, lines, lungs=lungs, attention=attention)
         source = study_info(study["scan"]) if "study" in study["scan"].meta else {}
@@ -168,9 +168,7 @@ class StudyReport:
             }
         return self._model
 
-    def _attention(
-        self, image: Any, opacity: np.ndarray, affine: np.ndarray
-    ) -> AttentionView | None:
+    def _attention(self, image: Any, voxel: tuple[int, ...], affine: np.ndarray) -> AttentionView | None:
         """The network's maps on the slice that the overview shows: one slice's forward pass."""
         maps_of = getattr(self.network, "attention_maps", None)
         if maps_of is None or self.network is None:
@@ -178,7 +176,7 @@ class StudyReport:
         seen = image.as_tensor() if hasattr(image, "as_tensor") else image
         if seen.ndim == 4:
             # From the scan's voxel through patient space to the slice of the network's own grid.
-            point = affine @ [*_peak(opacity), 1.0]
+            point = affine @ [*voxel, 1.0]
             depth = round(float((np.linalg.inv(np.asarray(image.affine, dtype=float)) @ point)[2]))
             seen = seen[..., min(max(depth, 0), seen.shape[-1] - 1)]
         training = self.network.training
@@ -215,9 +213,9 @@ def _headline(measured: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _peak(opacity: np.ndarray) -> tuple[int, ...]:
-    volume = opacity if opacity.ndim == 3 else opacity[..., None]
-    return shown_voxel(volume)
+def _volume(mask: Any) -> Any:
+    """(H, W, D), also of a plain slice; None stays None."""
+    return mask if mask is None or mask.ndim == 3 else mask[..., None]
 
 
 def _same_grid(scan: Any, mask: Any, name: str) -> np.ndarray:

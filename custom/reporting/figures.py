@@ -44,19 +44,22 @@ class _Plane:
     letters: tuple[str, str, str, str]  # left, right, top, bottom
 
 
-def shown_voxel(opacity: np.ndarray) -> tuple[int, ...]:
-    """The voxel whose three planes are shown: the densest axial slice, row and column of the opacity.
+def shown_voxel(opacity: np.ndarray, lungs: np.ndarray | None = None) -> tuple[int, ...]:
+    """The voxel whose three planes are shown: along each axis the plane with most opacity.
 
     Args:
-        opacity: mask (H, W, D) whose last axis is the axial one.
+        opacity: mask (H, W, D).
+        lungs: lung mask of the same shape; opacity within it goes first.
 
     Returns:
-        One index an axis; the middle where the mask is empty.
+        One index an axis; the middle where there is no opacity.
     """
-    if not opacity.any():
+    candidates = [opacity != 0] if lungs is None else [(opacity != 0) & (lungs != 0), opacity != 0]
+    shown = next((mask for mask in candidates if mask.any()), None)
+    if shown is None:
         return tuple(size // 2 for size in opacity.shape)
-    axes = range(opacity.ndim)
-    return tuple(int(opacity.sum(axis=tuple(a for a in axes if a != axis)).argmax()) for axis in axes)
+    axes = range(shown.ndim)
+    return tuple(int(shown.sum(axis=tuple(a for a in axes if a != axis)).argmax()) for axis in axes)
 
 
 def _upright(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +81,7 @@ def _planes(
     image, (rows, columns, slices) = _upright(scan, affine)
     mask = _upright(opacity, affine)[0]
     lung = None if lungs is None else _upright(lungs, affine)[0]
-    i, j, k = shown_voxel(mask)
+    i, j, k = shown_voxel(mask, lung)
 
     def cut(where: tuple, head_up: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         def one(volume: np.ndarray) -> np.ndarray:

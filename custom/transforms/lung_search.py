@@ -95,12 +95,9 @@ def _largest(mask: np.ndarray) -> np.ndarray:
 
 
 def _closed_faces(hu: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
-    """In which slices a lateral face of the image cuts through the body instead of showing air around it."""
-    return {
-        (axis, step): (np.take(hu, 0 if step == 1 else -1, axis) < FREE_AIR_HU).mean(1) < 0.5
-        for axis in (1, 2)
-        for step in (1, -1)
-    }
+    """Where the lateral faces of the image cut through the body instead of showing air around it."""
+    faces = {(axis, step): np.take(hu, [0 if step == 1 else -1], axis) for axis in (1, 2) for step in (1, -1)}
+    return {key: ndimage.uniform_filter(face, 5, mode="nearest") > FREE_AIR_HU for key, face in faces.items()}
 
 
 def _count_hits(mask: np.ndarray, closed: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
@@ -108,7 +105,7 @@ def _count_hits(mask: np.ndarray, closed: dict[tuple[int, int], np.ndarray]) -> 
     hits = np.zeros(mask.shape, np.uint8)
     for (axis, step), end in closed.items():
         view = (slice(None),) * axis + (slice(None, None, step),)
-        hits[view] += np.maximum.accumulate(mask[view], axis=axis) | end[:, None, None]
+        hits[view] += np.maximum.accumulate(mask[view], axis=axis) | end
     return hits
 
 

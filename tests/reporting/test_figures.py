@@ -46,6 +46,10 @@ def test_the_shown_voxel_is_the_densest_or_the_middle():
     mask[16, 4, 7] = 1
     assert shown_voxel(mask)[2] in (7, 8)
     assert shown_voxel(np.zeros((5, 7, 9))) == (2, 3, 4)
+    lungs = np.zeros_like(mask)
+    assert shown_voxel(mask, lungs) == shown_voxel(mask), "no opacity in the lungs: show what there is"
+    lungs[0] = 1
+    assert shown_voxel(mask, lungs) == (0, 0, 2), "opacity in the lungs goes first"
 
 
 @pytest.mark.parametrize("empty", [False, True])
