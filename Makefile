@@ -22,7 +22,7 @@ demo: $(VENV)/.installed-test
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

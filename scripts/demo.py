@@ -12,14 +12,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from custom.console import command
 from custom.data import write_dicom_series
-from custom.data.phantom import make_phantom, write_cohort
+from custom.data.phantom import make_phantom
+from custom.data.phantom_cohort import write_cohort
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = "covid_ct_scoatnet_segmentation"
 SHAPE, SPACING = (128, 128, 20), (2.7, 2.7, 14.0)
+PATIENTS: dict[str, Any] = {"lesions": ("ground_glass", "consolidation"), "burden": 0.6}
 EXPECTED_DICE = 0.8
 
 
@@ -37,8 +40,8 @@ def run_bundle(config: str, *overrides: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=ROOT / "demo")
-    parser.add_argument("--cases", type=int, default=12, help="synthetic patients; a quarter is held out")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--cases", type=int, default=24, help="synthetic patients; a quarter is held out")
+    parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args(argv)
     started = time.monotonic()
     folder = options.output_dir.resolve()
@@ -46,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     for made_again in ("new_patient", "results"):
         shutil.rmtree(folder / made_again, ignore_errors=True)
     print(f"Making {options.cases} synthetic chest CTs in {folder / 'phantoms'} ...", flush=True)
-    write_cohort(folder / "phantoms", options.cases, seed=1, shape=SHAPE, spacing=SPACING, n_folds=4)
+    write_cohort(
+        folder / "phantoms", options.cases, seed=1, shape=SHAPE, spacing=SPACING, n_folds=4, **PATIENTS
+    )
     reduced = [
         *("--ckpt_dir", str(folder / "models"), "--cache_dir", str(folder / "cache")),
         *("--image_size", "[96,96]", "--network_def::channels", "[8,16,32,64,128]", "--num_workers", "0"),
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     run_bundle("configs/train.json", *data, *reduced, *epochs)
     run_bundle("['configs/train.json','configs/evaluate.json']", *data, *reduced)
 
-    scan = make_phantom(shape=SHAPE, spacing=SPACING, seed=1000)
+    scan = make_phantom(shape=SHAPE, spacing=SPACING, seed=1000, **PATIENTS)
     write_dicom_series(folder / "new_patient", scan.image, scan.affine, seed=1000)
     run_bundle(
         "configs/inference.json",
@@ -77,9 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"  Dice {scores['val_mean_dice']:.3f}, sensitivity {scores['val_sensitivity']:.3f}, ", end="")
     print(f"PPV {scores['val_ppv']:.3f}")
     found, percent = report["opacity_volume_ml"]["total"], report["opacity_percent_of_lung"]["total"]
-    print(
-        f"New patient (DICOM): opacity {found:.0f} mL, truth {truth:.0f} mL; {percent:.1f} % of the lungs"
-    )
+    print(f"New patient (DICOM): opacity {found:.0f} mL, truth {truth:.0f} mL; {percent:.1f} % of the lungs")
     print(f"Pictures, masks and reports: {folder / 'results'}")
     for picture in sorted((folder / "results").rglob("*.png")):
         print(f"  {picture}")

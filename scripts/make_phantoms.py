@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from custom.console import command
-from custom.data.phantom import write_cohort
+from custom.data.phantom_cohort import write_cohort
 
 
 @command

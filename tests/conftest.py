@@ -29,7 +29,7 @@ def ct_data() -> Path:
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with six small synthetic chest CTs, opacity masks and datalist.json with three folds."""
-    from custom.data.phantom import write_cohort
+    from custom.data.phantom_cohort import write_cohort
 
     folder = tmp_path_factory.mktemp("cohort")
     write_cohort(folder, 6, seed=3, shape=(48, 48, 6), spacing=(7.2, 7.2, 45.0), n_folds=3)

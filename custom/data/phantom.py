@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +11,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
-from custom.data.datalist import write_datalist
 from custom.data.files import atomic_path
-from custom.data.phantom_anatomy import Anatomy, Tube, coverage, grow_tree
+from custom.data.phantom_anatomy import Anatomy
+from custom.data.phantom_shapes import Texture, Tube, correlated, coverage, grow_tree, paint_tubes
 
-__all__ = ["LESION_CLASSES", "Lesion", "Phantom", "make_phantom", "write_cohort"]
+__all__ = ["LESION_CLASSES", "Lesion", "Phantom", "check_grid", "describe", "make_phantom"]
 
 #: Values of the classes in :attr:`Phantom.label`.
 LESION_CLASSES = {"ground_glass": 1, "consolidation": 2, "nodule": 3}
@@ -138,7 +138,7 @@ def make_phantom(
     Raises:
         ValueError: for an impossible grid or kind, or an exact lesion that is not wholly inside the lungs.
     """
-    size, step = _grid(shape, spacing)
+    size, step = check_grid(shape, spacing)
     factor = _scale(size, step, scale)
     rng = np.random.default_rng([seed, 2])
     anatomy = Anatomy(seed)
@@ -151,12 +151,12 @@ def make_phantom(
     ax, ay = x / factor[0], y / factor[1]
     width = max(0.9, float(step[0] + step[1]) / 2) / factor[0]
     blur = width * float(factor[0])
-    vessel_share = _paint_tubes(vessels, size, step, factor)
-    airway_share = _paint_tubes(bronchi, size, step, factor)
-    bronchial_wall = _paint_tubes(
+    vessel_share = paint_tubes(vessels, size, step, factor)
+    airway_share = paint_tubes(bronchi, size, step, factor)
+    bronchial_wall = paint_tubes(
         [Tube(t.start, t.end, 0.5 + 1.15 * t.r0, 0.5 + 1.15 * t.r1) for t in bronchi], size, step, factor
     )
-    texture, outline = _Texture(rng, 9.0), _Texture(np.random.default_rng([seed, 4]), 13.0)
+    texture, outline = Texture(rng, 9.0), Texture(np.random.default_rng([seed, 4]), 13.0)
     noise = np.random.default_rng([seed, 5])
 
     image, label, lungs = np.empty(size, np.int16), np.zeros(size, np.uint8), np.zeros(size, np.uint8)
@@ -196,21 +196,23 @@ def make_phantom(
             if n == planes // 2:
                 label[:, :, k] = classes
                 lungs[:, :, k] = np.where(inside, np.where(ax > 0, 1, 2), 0)
-        total = total / planes + noise_hu * _correlated(noise, size[:2])
+        total = total / planes + noise_hu * correlated(noise, size[:2])
         image[:, :, k] = np.clip(np.rint(total), -1024, 3071)
     if padding_value is not None:
         image[x * x + y * y > (min(size[0] * step[0], size[1] * step[1]) / 2) ** 2] = padding_value
     affine = np.diag([-step[0], -step[1], step[2], 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(size) - 1) / 2)
     ras = tuple(replace(p, centre=(-p.centre[0], -p.centre[1], p.centre[2])) for p in placed)
-    return Phantom(image, label, lungs, affine, ras, _describe(seed))
+    return Phantom(image, label, lungs, affine, ras, describe(seed, lesions, burden))
 
 
-def _describe(seed: int) -> str:
-    return f"synthetic chest CT, seed {seed}"
+def describe(seed: int, lesions: Sequence[str | Lesion], burden: float | None) -> str:
+    """What tells two patients apart, short enough for a header (79 letters)."""
+    what = hashlib.sha256(repr((list(lesions), burden)).encode()).hexdigest()[:8]
+    return f"synthetic chest CT, seed {seed}, lesions {what}"
 
 
-def _grid(shape: Sequence[int], spacing: Sequence[float]) -> tuple[tuple[int, int, int], np.ndarray]:
+def check_grid(shape: Sequence[int], spacing: Sequence[float]) -> tuple[tuple[int, int, int], np.ndarray]:
     size, step = tuple(int(n) for n in shape), np.asarray(spacing, float)
     if len(size) != 3 or min(size) < 1:
         raise ValueError(f"make_phantom: shape must be 3 positive integers, got {tuple(shape)}")
@@ -340,56 +342,6 @@ def _check_inside(lesion: Lesion, anatomy: Anatomy, factor) -> None:
         )
 
 
-class _Texture:
-    """Smooth noise with unit variance and a grain of ``grain`` mm, the same for every grid."""
-
-    def __init__(self, rng: np.random.Generator, grain: float) -> None:
-        self.grain, self.half = grain, int(np.ceil(230 / grain)) + 1
-        field_ = gaussian_filter(rng.standard_normal((2 * self.half + 1,) * 3).astype(np.float32), 0.6)
-        self.values = field_ / field_.std()
-
-    def plane(self, x, y, z: float) -> np.ndarray:
-        """Values on one axial plane, linear between the nodes, (I, J)."""
-        out = self.values
-        for axis, at in ((2, np.array([z])), (0, np.ravel(x)), (1, np.ravel(y))):
-            node = np.clip(at / self.grain + self.half, 0, 2 * self.half - 1e-3)
-            low = node.astype(int)
-            share = (node - low).astype(np.float32).reshape([-1 if n == axis else 1 for n in range(3)])
-            out = out.take(low, axis) * (1 - share) + out.take(low + 1, axis) * share
-        return out[:, :, 0]
-
-
-def _correlated(rng: np.random.Generator, size: tuple[int, ...]):
-    """Noise with unit variance, alike in neighbours as after a reconstruction kernel."""
-    noise = gaussian_filter(rng.standard_normal(size).astype(np.float32), 0.6, mode="wrap")
-    return noise / max(float(noise.std()), 1e-6) if noise.size > 16 else noise
-
-
-def _paint_tubes(tubes: list[Tube], size, step, factor) -> np.ndarray:
-    """Share of each voxel that tubes fill, 0-255; thick slices are averaged over planes, uint8 (I, J, K)."""
-    out = np.zeros(size, np.uint8)
-    unit = np.asarray(step / factor, float)
-    width = max(0.9, float(unit[:2].mean()))
-    planes = max(1, round(unit[2] / 2.0))
-    for tube in tubes:
-        ends = np.array([tube.start, tube.end])
-        reach = max(tube.r0, tube.r1) + np.array([width, width, unit[2]])
-        middle = (np.array(size) - 1) / 2
-        low = np.maximum(np.floor((ends.min(0) - reach) / unit + middle), 0).astype(int)
-        high = np.minimum(np.ceil((ends.max(0) + reach) / unit + middle) + 1, size).astype(int)
-        if (high <= low).any():
-            continue
-        x, y, z = ((np.arange(a, b) - m) * u for a, b, m, u in zip(low, high, middle, unit, strict=True))
-        fine = (z[:, None] + ((np.arange(planes) + 0.5) / planes - 0.5) * unit[2]).ravel()
-        gap = tube.distance(x[:, None, None], y[None, :, None], fine[None, None, :])
-        # A vessel finer than a voxel fills only part of it.
-        share = np.minimum(coverage(gap, width), 2 * (tube.r0 + tube.r1) / width)
-        share = share.reshape(len(x), len(y), len(z), planes).mean(-1)
-        window = out[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
-        np.maximum(window, np.rint(255 * share).astype(np.uint8), out=window)
-    return out
-
-
 def _write_nifti(array: np.ndarray, affine: np.ndarray, description: str, path: Path) -> None:
     image = nib.Nifti1Image(array, affine)
     image.set_sform(affine, code=1)
@@ -398,58 +350,3 @@ def _write_nifti(array: np.ndarray, affine: np.ndarray, description: str, path: 
     image.header["descrip"] = description
     with atomic_path(path) as temporary:
         nib.save(image, temporary)
-
-
-def write_cohort(
-    folder: str | os.PathLike,
-    n_cases: int,
-    seed: int = 0,
-    shape: Sequence[int] = (128, 128, 48),
-    spacing: Sequence[float] = (2.8, 2.8, 6.5),
-    n_folds: int = 5,
-) -> Path:
-    """Writes a cohort of synthetic chest CTs with a Decathlon-style datalist; what is already there is kept.
-
-    Args:
-        folder: where the files go.
-        n_cases: number of patients.
-        seed: the cohort; patient ``i`` has seed ``seed * 100_000 + i``.
-        shape: voxels of every scan, (I, J, K).
-        spacing: mm per voxel.
-        n_folds: patient ``i`` belongs to fold ``i % n_folds``.
-
-    Returns:
-        The path of ``datalist.json``.
-
-    Raises:
-        ValueError: where the folder holds cases of another shape, spacing or seed.
-    """
-    if n_cases < 1 or n_folds < 1:
-        raise ValueError(f"write_cohort: n_cases and n_folds must be at least 1, got {n_cases} and {n_folds}")
-    size, step = _grid(shape, spacing)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    training = []
-    for i in range(n_cases):
-        stem, case_seed = f"case_{i:03d}", seed * 100_000 + i
-        names = {name: f"{stem}_{name}.nii.gz" for name in ("ct", "opacity", "classes", "lungs")}
-        if all((folder / name).is_file() for name in names.values()):
-            _check_same(folder / names["ct"], size, step, case_seed)
-        else:
-            make_phantom(size, step.tolist(), case_seed).save(folder, stem)
-        entry = {"image": names["ct"], "label": names["opacity"], "patient_id": stem, "fold": i % n_folds}
-        training.append(entry)
-    path = folder / "datalist.json"
-    write_datalist(
-        path, "synthetic chest CT", "Seeded synthetic chest CTs, no patient data", training=training
-    )
-    return path
-
-
-def _check_same(path: Path, size: tuple[int, int, int], step: np.ndarray, seed: int) -> None:
-    header = nib.Nifti1Image.from_filename(path).header
-    same = header.get_data_shape() == size and np.allclose(header.get_zooms(), step, rtol=1e-4)
-    if not same or header["descrip"].item().decode() != _describe(seed):
-        raise ValueError(
-            f"write_cohort: {path} has another shape, spacing or seed; choose another folder or empty it"
-        )

@@ -8,12 +8,12 @@ in millimetres, negative inside. Nothing here knows of voxels, so any grid sampl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-__all__ = ["Anatomy", "Tube", "coverage", "grow_tree"]
+from custom.data.phantom_shapes import Tube, coverage, ellipsoid, middle, radial, smooth_min
+
+__all__ = ["Anatomy"]
 
 _TABLE_Z = np.arange(-220.0, 221.0)
 #: Levels (mm) at which the outlines below are given.
@@ -39,99 +39,6 @@ _CAP = {
 }
 _VERTEBRA_PITCH = 24.0
 _RIB_PITCH = 25.0
-
-
-@dataclass(frozen=True)
-class Tube:
-    """A tapering capsule from ``start`` to ``end`` (mm) with radii ``r0`` and ``r1`` (mm)."""
-
-    start: tuple[float, float, float]
-    end: tuple[float, float, float]
-    r0: float
-    r1: float
-
-    def distance(self, x, y, z):
-        """Signed distance to the surface in mm."""
-        a, d = self.start, [e - s for s, e in zip(self.start, self.end, strict=True)]
-        px, py, pz = x - a[0], y - a[1], z - a[2]
-        t = np.clip((px * d[0] + py * d[1] + pz * d[2]) / (d[0] ** 2 + d[1] ** 2 + d[2] ** 2 + 1e-9), 0, 1)
-        gap = np.sqrt((px - t * d[0]) ** 2 + (py - t * d[1]) ** 2 + (pz - t * d[2]) ** 2)
-        return gap - (self.r0 + (self.r1 - self.r0) * t)
-
-    def near(self, z: float, margin: float) -> bool:
-        """Whether the axial plane ``z`` passes within ``margin`` mm of the tube."""
-        reach = max(self.r0, self.r1) + margin
-        return min(self.start[2], self.end[2]) - reach <= z <= max(self.start[2], self.end[2]) + reach
-
-
-def coverage(distance, width: float):
-    """Share of a voxel of ``width`` mm that lies inside a surface ``distance`` mm away; half on it."""
-    return np.clip(0.5 - distance / width, 0.0, 1.0)
-
-
-def _radial(x, y, a, b, power: float = 2.0):
-    """Distance along the ray from the centre to the superellipse ``|x/a|^p + |y/b|^p = 1``."""
-    norm = (np.abs(x / a) ** power + np.abs(y / b) ** power) ** (1 / power) + 1e-6
-    return np.sqrt(x * x + y * y) * (1 - 1 / norm) + (norm < 1e-3) * -np.minimum(a, b)
-
-
-def _middle(x) -> slice:
-    """Rows of a plane that mediastinal tubes can reach (|x| < 80 mm), to save time; all of a list."""
-    near = np.flatnonzero(np.abs(x) < 80) if np.ndim(x) == 2 else np.arange(len(x))
-    return slice(int(near[0]), int(near[-1]) + 1) if len(near) else slice(0, 0)
-
-
-def _ellipsoid(x, y, z, centre, radii):
-    k0 = np.sqrt(sum(((p - c) / r) ** 2 for p, c, r in zip((x, y, z), centre, radii, strict=True)))
-    k1 = np.sqrt(sum(((p - c) / r**2) ** 2 for p, c, r in zip((x, y, z), centre, radii, strict=True)))
-    return k0 * (k0 - 1) / (k1 + 1e-6)
-
-
-def _smooth_min(a, b, k: float):
-    """Union of two distances with a fillet of about ``k`` mm."""
-    h = np.maximum(k - np.abs(a - b), 0.0) / k
-    return np.minimum(a, b) - h * h * k * 0.25
-
-
-def grow_tree(
-    rng: np.random.Generator, root, targets, leaf_radius: float, exponent: float = 2.7
-) -> list[Tube]:
-    """A branching tree from ``root`` that reaches every target, thinning as it divides.
-
-    The targets are halved along their longest extent again and again; each half gets a branch to its middle.
-    A branch that feeds ``n`` targets has radius ``leaf_radius * n ** (1 / exponent)``, Murray's law with the
-    exponent measured in lungs.
-
-    Args:
-        rng: source of the slight bends.
-        root: start in mm, (3,).
-        targets: end points in mm, (N, 3).
-        leaf_radius: radius of the last branches in mm.
-        exponent: exponent of the branching law.
-    """
-    tubes: list[Tube] = []
-    stack = [
-        (np.asarray(root, float), np.asarray(targets, float), leaf_radius * len(targets) ** (1 / exponent))
-    ]
-    while stack:
-        start, points, parent_radius = stack.pop()
-        middle = points.mean(0)
-        alone = len(points) == 1
-        end = middle if alone else start + (middle - start) * rng.uniform(0.35, 0.5)
-        if not alone:
-            end = end + rng.normal(0, 0.06, 3) * np.linalg.norm(end - start)
-        radius = leaf_radius * len(points) ** (1 / exponent)
-        tubes.append(
-            Tube(tuple(start.tolist()), tuple(end.tolist()), min(parent_radius, radius * 1.2), radius)
-        )
-        if not alone:
-            side = points[:, int(np.argmax(np.ptp(points, 0)))]
-            cut = np.quantile(side, rng.uniform(0.35, 0.65))
-            low = side <= cut
-            if low.all() or not low.any():
-                low = np.arange(len(points)) < len(points) // 2
-            stack += [(end, points[low], radius), (end, points[~low], radius)]
-    return tubes
 
 
 class Anatomy:
@@ -198,7 +105,7 @@ class Anatomy:
     # ---- surfaces
     def body(self, x, y, z):
         """Skin, with the furrow of the back and the pectoral muscles."""
-        oval = _radial(x, y - self.at("body_y", z), self.at("body_a", z), self.at("body_b", z), 2.3)
+        oval = radial(x, y - self.at("body_y", z), self.at("body_a", z), self.at("body_b", z), 2.3)
         back, front = np.clip((y - 40) / 50, 0, 1), np.clip((-20 - y) / 50, 0, 1)
         pectoral = 5 * np.exp(-(((np.abs(x) - 70) / 34) ** 2)) * np.exp(-(((z - 50) / 45) ** 2))
         furrow = 5 * np.exp(-((x / 13) ** 2)) - 3 * np.exp(-(((np.abs(x) - 42) / 22) ** 2))
@@ -206,7 +113,7 @@ class Anatomy:
 
     def cavity(self, x, y, z):
         """Inner surface of the rib cage."""
-        return _radial(x, y - self.at("cavity_y", z), self.at("cavity_a", z), self.at("cavity_b", z), 2.3)
+        return radial(x, y - self.at("cavity_y", z), self.at("cavity_a", z), self.at("cavity_b", z), 2.3)
 
     def diaphragm(self, x, y, z):
         """Negative below the two domes, which fall off most at the back, to the costophrenic recess."""
@@ -221,41 +128,41 @@ class Anatomy:
         centre, radii = self._heart
         p = [c - o for c, o in zip((x, y, z), centre, strict=True)]
         q = [sum(float(self._heart_axes[i, j]) * p[i] for i in range(3)) for j in range(3)]
-        ventricles = _ellipsoid(q[0], q[1], q[2], (0.0, 0.0, 0.0), radii)
-        right = _ellipsoid(x, y, z, (-22.0, -20.0, -16.0), (25.0, 31.0, 34.0))
-        left = _ellipsoid(x, y, z, (2.0, 6.0, 2.0), (36.0, 19.0, 23.0))
-        return ventricles, _smooth_min(right, left, 12)
+        ventricles = ellipsoid(q[0], q[1], q[2], (0.0, 0.0, 0.0), radii)
+        right = ellipsoid(x, y, z, (-22.0, -20.0, -16.0), (25.0, 31.0, 34.0))
+        left = ellipsoid(x, y, z, (2.0, 6.0, 2.0), (36.0, 19.0, 23.0))
+        return ventricles, smooth_min(right, left, 12)
 
     def vertebra(self, x, y, z):
         """Vertebral bodies with their discs."""
-        return _radial(x, y - self.at("spine_y", z), 18.0, 15.0, 2.4)
+        return radial(x, y - self.at("spine_y", z), 18.0, 15.0, 2.4)
 
     def mediastinum(self, x, y, z):
         """Everything between the lungs in one smooth cover: heart, vessels, airways, oesophagus and spine."""
         front = np.clip((y + 40) / 60, 0, 1)
         cover = np.abs(x) - (4.5 + 8 * front)  # the lungs nearly meet in front
-        upper = _radial(x, y + 2, 30.0, 38.0) + 1.2 * np.maximum(66 - z, 0)
-        cover = _smooth_min(cover, upper, 12)
+        upper = radial(x, y + 2, 30.0, 38.0) + 1.2 * np.maximum(66 - z, 0)
+        cover = smooth_min(cover, upper, 12)
         ventricles, atria = self.heart(x, y, z)
-        cover = _smooth_min(cover, _smooth_min(ventricles, atria, 20) - 4, 14)
-        cover = _smooth_min(cover, self.vertebra(x, y - 4, z) - 4, 10)
+        cover = smooth_min(cover, smooth_min(ventricles, atria, 20) - 4, 14)
+        cover = smooth_min(cover, self.vertebra(x, y - 4, z) - 4, 10)
         behind = np.maximum(np.abs(x) - 22, self.at("spine_y", z) + 4 - y)
-        cover = _smooth_min(cover, behind, 8)
-        rows = _middle(x)
+        cover = smooth_min(cover, behind, 8)
+        rows = middle(x)
         for tube in self._central:
             if np.ndim(z) or tube.near(float(z), 16):
-                cover[rows] = _smooth_min(cover[rows], tube.distance(x[rows], y, z) - 3, 9)
+                cover[rows] = smooth_min(cover[rows], tube.distance(x[rows], y, z) - 3, 9)
         return cover
 
     def lung(self, x, y, z):
         """Both lungs; the side is the sign of ``x``."""
-        cap = _radial(
+        cap = radial(
             np.abs(x) - self.at("cap_x", z), y - self.at("cap_y", z), self.at("cap_a", z), self.at("cap_b", z)
         )
         inside = np.maximum(self.cavity(x, y, z), np.maximum(cap, z - 119.5))
         # Rounded corners, so that no film of lung is left where the heart nearly touches ribs or diaphragm.
-        outside = _smooth_min(-inside, self.mediastinum(x, y, z), 10)
-        return -_smooth_min(outside, self.diaphragm(x, y, z), 5)
+        outside = smooth_min(-inside, self.mediastinum(x, y, z), 10)
+        return -smooth_min(outside, self.diaphragm(x, y, z), 5)
 
     # ---- Hounsfield units
     def tissue(self, x, y, z: float, width: float) -> np.ndarray:
@@ -290,16 +197,16 @@ class Anatomy:
         paint(np.maximum(wall + 1, np.abs(below + 2) - 2.5), 50)
         self._abdomen(paint, x, y, z, np.maximum(wall + 3, below + 4))
         chest = -below - 1
-        upper = np.maximum(_radial(x, y + 6, 30.0, 30.0), 70 - z)  # neck and thoracic inlet
+        upper = np.maximum(radial(x, y + 6, 30.0, 30.0), 70 - z)  # neck and thoracic inlet
         paint(upper + 3, -25 + 55 * inlet)
         ventricles, atria = self.heart(x, y, z)
-        heart = _smooth_min(ventricles, atria, 16)
+        heart = smooth_min(ventricles, atria, 16)
         paint(np.maximum(heart, chest), 42)
         # Fat fills the groove between atria and ventricles, wider towards the surface.
         paint(
             np.maximum(np.abs(ventricles - atria) * 0.5 - 0.28 * (heart + 9), np.maximum(heart, chest)), -75
         )
-        rows = _middle(x)
+        rows = middle(x)
         for tube in self.great_vessels:
             if tube.near(z, 3):
                 paint(tube.distance(x[rows], y, z), 46, rows)
@@ -326,9 +233,7 @@ class Anatomy:
         paint(rib, np.where(cartilage, 105, 560))
         paint(rib + 1.8, np.where(cartilage, 95, 170))
         front = self.at("cavity_y", z) - self.at("cavity_b", z) - 8
-        breastbone = np.maximum(
-            _radial(x, y - front, 17.0 + 0.1 * max(z - 40, 0), 6.5, 3.0), abs(z - 25) - 62
-        )
+        breastbone = np.maximum(radial(x, y - front, 17.0 + 0.1 * max(z - 40, 0), 6.5, 3.0), abs(z - 25) - 62)
         paint(breastbone, 420)
         paint(breastbone + 1.8, 110)
         side = np.abs(x)
@@ -343,7 +248,7 @@ class Anatomy:
                 paint(bone, 560)
                 paint(bone + 2, 200)
         if abs(z - 128) < 30:
-            head = _ellipsoid(side, y, z, (150, 8, 128), (22, 22, 24))
+            head = ellipsoid(side, y, z, (150, 8, 128), (22, 22, 24))
             paint(head, 480)
             paint(head + 2.5, 190)
 
@@ -381,9 +286,9 @@ class Anatomy:
         # The stomach and the spleen hollow the liver out from the left and behind.
         hollow = 128 + 0.25 * (-60 - z) - np.sqrt((x - 100) ** 2 + (y - 58) ** 2)
         paint(np.maximum(hollow, inside), 60)
-        spleen = np.maximum(_ellipsoid(x, y, z, (88, 38, -112), (30, 42, 46)), inside)
+        spleen = np.maximum(ellipsoid(x, y, z, (88, 38, -112), (30, 42, 46)), inside)
         paint(spleen, 52)
-        stomach = np.maximum(_ellipsoid(x, y, z, (64, -22, -118), (40, 40, 46)), inside + 2)
+        stomach = np.maximum(ellipsoid(x, y, z, (64, -22, -118), (40, 40, 46)), inside + 2)
         paint(stomach, 45)
         paint(stomach + 5, 25)
         paint(

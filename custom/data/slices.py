@@ -110,10 +110,13 @@ class SliceDataset(Dataset):
         return index
 
     def _prepare_missing(self) -> None:
-        missing = [i for i, folder in enumerate(self._folders) if not (folder / "case.json").is_file()]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed:  # every process does its share, then all read all
-            missing = missing[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+        # Every process does its share, then all read all. The share goes by position, not by what is missing:
+        # a process that looks later may find less missing, and a case would be nobody's.
+        world = torch.distributed.get_world_size() if distributed else 1
+        rank = torch.distributed.get_rank() if distributed else 0
+        mine = enumerate(self._folders)
+        missing = [i for i, folder in mine if i % world == rank and not (folder / "case.json").is_file()]
         if missing:
             loader = DataLoader(
                 cast(Dataset, _Preparation(self, missing)),

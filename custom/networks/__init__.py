@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from custom.networks.attention import (
-    AttentionNetwork,
     ChannelSE,
     DAFBlock,
     ECABlock,
@@ -12,6 +11,7 @@ from custom.networks.attention import (
     SCOATSpatialAttention,
     SCSEBlock,
 )
+from custom.networks.base import AttentionNetwork
 from custom.networks.dilated_attention_unet import DilatedAttentionUNet, DilatedResidualUnit
 from custom.networks.ncovsegnet import ECAResNet50, NCoVSegNet
 from custom.networks.scoatnet import SCOATNet

@@ -10,7 +10,8 @@ from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-from custom.networks.attention import AttentionNetwork, SCSEBlock, require_sides
+from custom.networks.attention import SCSEBlock
+from custom.networks.base import AttentionNetwork, require_sides
 
 __all__ = ["DilatedAttentionUNet", "DilatedResidualUnit"]
 

@@ -9,15 +9,8 @@ import torch
 from monai.networks.nets.resnet import ResNet, ResNetBottleneck
 from torch import nn
 
-from custom.networks.attention import (
-    AttentionNetwork,
-    DAFBlock,
-    DualAttention,
-    ECABlock,
-    GCABlock,
-    conv_bn,
-    require_sides,
-)
+from custom.networks.attention import DAFBlock, DualAttention, ECABlock, GCABlock
+from custom.networks.base import AttentionNetwork, conv_bn, require_sides
 
 __all__ = ["ECAResNet50", "NCoVSegNet"]
 

@@ -9,13 +9,8 @@ import torch
 from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 
-from custom.networks.attention import (
-    AttentionNetwork,
-    ChannelSE,
-    SCOATSpatialAttention,
-    conv_bn,
-    require_sides,
-)
+from custom.networks.attention import ChannelSE, SCOATSpatialAttention
+from custom.networks.base import AttentionNetwork, conv_bn, require_sides
 
 __all__ = ["SCOATNet"]
 

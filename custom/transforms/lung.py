@@ -13,7 +13,9 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform
 from monai.transforms.croppad.array import Crop
+from monai.utils import convert_to_dst_type
 
+from custom.transforms.hounsfield import _origin
 from custom.transforms.lung_extraction import extract_lungs
 
 __all__ = [
@@ -59,7 +61,8 @@ class LungMaskd(MapTransform):
 
         Raises:
             NoLungError: When no lung is found.
-            ValueError: When a given mask has other values than 0, 1 and 2 or another shape than the scan.
+            ValueError: When the scan is not one volume in HU, or a given mask has other values than 0, 1 and
+                2 or another shape than the scan.
         """
         d = dict(data)
         for key in self.key_iterator(d):
@@ -67,10 +70,19 @@ class LungMaskd(MapTransform):
             if self.mask_key in d:
                 self._check(d[self.mask_key], scan)
                 continue
-            mask = extract_lungs(np.asarray(scan.cpu())[0], np.asarray(scan.affine.cpu(), dtype=float))
+            if not isinstance(scan, MetaTensor) or scan.ndim != 4 or scan.shape[0] != 1:
+                raise ValueError(
+                    f"{key!s}: need one scan (1, H, W, D) with an affine, got {tuple(scan.shape)}"
+                )
+            try:
+                mask = extract_lungs(np.asarray(scan.cpu())[0], np.asarray(scan.affine.cpu(), dtype=float))
+            except ValueError as error:
+                raise ValueError(f"{_origin(scan, key)}: {error}") from None
             if not mask.any():
-                raise NoLungError("no lung was found in the scan; is it a chest CT?")
-            d[self.mask_key] = MetaTensor(torch.from_numpy(mask)[None], affine=scan.affine.clone())
+                raise NoLungError(f"{_origin(scan, key)}: no lung was found; is it a chest CT?")
+            # With the scan's meta data and trace the mask can be saved and inverted as the scan can.
+            mask_tensor = torch.from_numpy(np.ascontiguousarray(mask)[None])
+            d[self.mask_key] = convert_to_dst_type(mask_tensor, dst=scan, dtype=torch.uint8)[0]
         return d
 
     def _check(self, mask: Any, scan: Any) -> None:
@@ -117,9 +129,11 @@ class CropLungd(MapTransform, InvertibleTransform):
 
         Raises:
             NoLungError: When the mask is empty.
-            ValueError: When a key does not have the mask's shape.
+            ValueError: When there is no mask or a key does not have its shape.
         """
         d = dict(data)
+        if self.mask_key not in d:
+            raise ValueError(f"there is no '{self.mask_key}' mask to crop to; put LungMaskd before CropLungd")
         mask = d[self.mask_key]
         box = self._box(mask)
         for key in self.key_iterator(d):

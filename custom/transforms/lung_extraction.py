@@ -16,19 +16,20 @@ from custom.transforms.lung_search import find_lungs
 
 __all__ = ["extract_lungs"]
 
-WORKING_MM = 2.9
+WORKING_MM = 2.9  # the working grid's largest spacing
 BORDER_HU = -600  # as in the published steps
-CHUNK = 16
+CHUNK = 16  # slices of the working grid at a time
 
 
 def extract_lungs(hu: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Extract the left and the right lung from a chest CT without training data.
+    """Extract the left and the right lung from a chest CT; nothing is trained.
 
-    Vessels, ground-glass, consolidation and masses belong to the lungs; trachea, main bronchi, heart, mediastinum
-    and gas in stomach and bowel do not. Tissue between aerated lung and ribs counts as lung, so consolidation
-    against the chest wall does, and so does pleural effusion. What no aerated lung borders on stays out.
+    Vessels, ground-glass, consolidation and masses belong to the lungs; trachea, main bronchi, heart,
+    mediastinum and gas in stomach and bowel do not. Tissue between aerated lung and ribs counts as lung, so
+    consolidation against the chest wall does, and so does pleural effusion. Consolidation wider than 30 mm
+    against mediastinum or diaphragm cannot be told from them and stays out.
 
-    The topology is decided on a grid of about 2.5 mm, the border at full resolution where CT shows one.
+    What is lung is decided on a grid of about 2.5 mm, the border at full resolution where CT shows one.
 
     Args:
         hu: whole scan, part of one or a single slice in Hounsfield units, (I, J, K), axes in any order.
@@ -38,21 +39,22 @@ def extract_lungs(hu: np.ndarray, affine: np.ndarray) -> np.ndarray:
         0 background, 1 left lung, 2 right lung, uint8 (I, J, K); all 0 where no lung is found.
 
     Raises:
-        ValueError: When ``hu`` is not 3-D or cannot be Hounsfield units, or ``affine`` is no invertible 4 x 4.
+        ValueError: When ``hu`` is not 3-D or cannot be HU, or ``affine`` is no invertible 4 x 4 matrix.
 
     Reference:
         After the steps of Liao et al., "Evaluate the Malignancy of Pulmonary Nodules Using the 3-D Deep Leaky
-        Noisy-OR Network", IEEE TNNLS 30(11), 2019, with their threshold at the border; unlike them it keeps lung
-        that disease has filled, single slices and partial scans.
+        Noisy-OR Network", IEEE TNNLS 30(11), 2019, with their threshold at the border; unlike them it keeps
+        lung that disease has filled, and takes single slices and parts of scans.
     """
     hu, affine = np.asarray(hu), np.asarray(affine, float)
     if hu.ndim != 3 or hu.size == 0:
         raise ValueError(f"extract_lungs: need one volume (I, J, K), got an array of shape {hu.shape}")
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError("extract_lungs: the affine must be an invertible 4 x 4 matrix from voxels to RAS+ mm")
-    if hu.min() >= 0:
+        raise ValueError("extract_lungs: need an invertible 4 x 4 affine from voxels to RAS+ mm")
+    lowest = hu.min()
+    if not lowest < 0:  # NaN, too, comes out as the minimum
         raise ValueError(
-            f"extract_lungs: the smallest value is {hu.min()}, but air is about -1000 HU: rescale to Hounsfield units"
+            f"extract_lungs: the lowest value is {lowest}, but air is about -1000 HU; rescale to HU"
         )
     start, canonical = nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt("SPL")
     there = nib.orientations.ornt_transform(start, canonical)
@@ -60,9 +62,10 @@ def extract_lungs(hu: np.ndarray, affine: np.ndarray) -> np.ndarray:
     spacing[there[:, 0].astype(int)] = nib.affines.voxel_sizes(affine)
     values = nib.orientations.apply_orientation(hu, there)
     # Padding (-2048, -3024) becomes air, metal becomes bone.
-    values = np.clip(np.nan_to_num(values, nan=-1024) if values.dtype.kind == "f" else values, -1024, 1000)
-    values = values.astype(np.int16, copy=False)
-    factor = [max(1, min(int(WORKING_MM / step + 1e-3), n)) for step, n in zip(spacing, values.shape, strict=True)]
+    values = np.clip(values, -1024, 1000).astype(np.int16, copy=False)
+    factor = [
+        max(1, min(int(WORKING_MM / mm + 1e-3), n)) for mm, n in zip(spacing, values.shape, strict=True)
+    ]
 
     working = _shrink(values, factor)
     lungs, sheet = find_lungs(working, spacing * factor)
@@ -104,8 +107,8 @@ def _refine(
 ) -> np.ndarray:
     """Bring the lungs of the working grid to full resolution.
 
-    Inside, the working grid decides. At the border the threshold does, in the voxels that the working grid can be
-    wrong about; where the lung's outer layer is dense, there is no border to see and the mask is interpolated.
+    Inside, the working grid decides. At the border the threshold does, in the voxels that the working grid
+    can be wrong about. Where the outer layer is dense, there is no border to see: the mask is interpolated.
     """
     out = np.zeros(hu.shape, np.uint8)
     mask = lungs > 0
@@ -114,7 +117,9 @@ def _refine(
     core = ndimage.binary_erosion(mask, np.ones((3, 3, 3)), border_value=1)
     dense = open_box(mask & (working >= BORDER_HU))
     box = bounding_box(mask, margin=1)
-    fine = tuple(slice(b.start * f, min(b.stop * f, n)) for b, f, n in zip(box, factor, hu.shape, strict=True))
+    fine = tuple(
+        slice(b.start * f, min(b.stop * f, n)) for b, f, n in zip(box, factor, hu.shape, strict=True)
+    )
     mask, core, dense, sheet = mask[box], core[box], dense[box], sheet[box[:2]]
     hu, target = hu[fine], out[fine]
     column = np.arange(fine[2].start, fine[2].stop)
@@ -127,6 +132,7 @@ def _refine(
         lung = near & (hu[rows] < BORDER_HU)
         lung |= _enlarge(core[low:high], factor)[keep] > 0.5
         lung |= _enlarge(dense[low:high], factor)[keep] > 0.5
-        first = sheet[k : k + CHUNK].repeat(factor[0], 0).repeat(factor[1], 1)[: len(lung), : hu.shape[1]] * factor[2]
+        first = factor[2] * sheet[k : k + CHUNK].repeat(factor[0], 0).repeat(factor[1], 1)
+        first = first[: len(lung), : hu.shape[1]]
         target[rows] = np.where(column >= first[:, :, None], np.uint8(1), np.uint8(2)) * lung
     return out

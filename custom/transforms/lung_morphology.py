@@ -1,5 +1,5 @@
 # Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
-"""Morphology on binary volumes with reaches in mm, several times faster than distance transforms at these radii."""
+"""Binary morphology with reaches in mm; at these radii several times faster than by distance transforms."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
 
 
 def open_box(mask: np.ndarray, flat: bool = False) -> np.ndarray:
-    """Opening with 3 x 3 x 3 voxels, or 3 x 3 in plane if ``flat`` or if there are fewer than three slices."""
+    """Opening with 3 x 3 x 3 voxels; 3 x 3 in plane if ``flat`` or with fewer than three slices."""
     return ndimage.binary_opening(mask, np.ones((1 if flat or len(mask) < 3 else 3, 3, 3)))
 
 
 def dilate_box(mask: np.ndarray, mm: float, spacing: np.ndarray) -> np.ndarray:
-    """Dilation with a box that reaches ``mm``, at least one voxel, to each side; none along an axis of one voxel."""
+    """Dilation with a box that reaches ``mm``, at least one voxel, to each side, where there are voxels."""
     out = mask
     for axis, step in enumerate(spacing):
         reach = min(max(1, round(mm / step)), mask.shape[axis] - 1)
-        source, out = out, out.copy()
+        view = (slice(None),) * axis
         done = 0
         while done < reach:  # the reach doubles with each step
             shift = min(reach - done, done + 1)
-            for to, of in ((slice(shift, None), slice(None, -shift)), (slice(None, -shift), slice(shift, None))):
-                view = (slice(None),) * axis
-                out[(*view, to)] |= source[(*view, of)]
+            source, out = out, out.copy()
+            for to, of in _shifts(shift):
+                out[view + (to,)] |= source[view + (of,)]
             done += shift
-            source = out.copy() if done < reach else out
     return out
 
 
@@ -45,7 +44,9 @@ def dilate_ball(mask: np.ndarray, mm: float, spacing: np.ndarray) -> np.ndarray:
 
     The ball is a stack of runs along the last axis: the mask dilated along it, shifted along the others.
     """
-    reach_z, reach_y, reach_x = (min(int(mm / step), n - 1) for step, n in zip(spacing, mask.shape, strict=True))
+    reach_z, reach_y, reach_x = (
+        int(min(mm / step, n - 1)) for step, n in zip(spacing, mask.shape, strict=True)
+    )
     runs = [mask]
     for x in range(1, reach_x + 1):
         run = runs[-1].copy()
@@ -77,10 +78,8 @@ def close_ball(mask: np.ndarray, mm: float, spacing: np.ndarray) -> np.ndarray:
     box = bounding_box(mask)
     # Within the image the ball needs room to grow; beyond it, room for the continued mask as well.
     grow = [(min(r, b.start), min(r, n - b.stop)) for r, b, n in zip(reach, box, mask.shape, strict=True)]
-    wide_box = tuple(slice(b.start - low, b.stop + high) for b, (low, high) in zip(box, grow, strict=True))
-    pad = [
-        (2 * r if low < r else 0, 2 * r if high < r else 0) for r, (low, high) in zip(reach, grow, strict=True)
-    ]
+    wide_box = tuple(slice(b.start - g[0], b.stop + g[1]) for b, g in zip(box, grow, strict=True))
+    pad = [tuple(2 * r if end < r else 0 for end in g) for r, g in zip(reach, grow, strict=True)]
     wide = np.pad(mask[wide_box], pad, mode="edge")
     closed = ~dilate_ball(~dilate_ball(wide, mm, spacing), mm, spacing)
     out = mask.copy()

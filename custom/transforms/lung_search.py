@@ -1,8 +1,8 @@
 # Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
 """The lungs on a working grid of about 2.5 mm: which air is lung, and what disease has filled.
 
-All arrays are (Z, Y, X) with Z to the patient's head, Y to posterior and X to the patient's left; ``spacing`` is in
-mm along Z, Y, X.
+All arrays are (Z, Y, X) with Z to the patient's head, Y to posterior and X to the patient's left; ``spacing``
+is in mm along Z, Y, X.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ ISLAND_HU = -300.0
 BONE_HU, GLARE_HU = 150.0, 800.0
 FREE_AIR_HU = -930.0
 
-# Levels at which air falls apart into pieces, darkest first, and what makes a piece gas instead of lung: the largest
-# share of lung behind its rim, the highest lower quartile (HU) and the largest volume (mL). Stomach and colon can
-# be large but are as dark as outer air; a small bronchus is less dark but has tissue all around.
+# Levels at which air falls apart into pieces, darkest first, and what makes a piece gas instead of lung: the
+# largest share of lung behind its rim, the highest lower quartile (HU) and the largest volume (mL). Stomach
+# and colon can be large but are as dark as outer air; a small bronchus is less dark, with tissue all around.
 GAS_LEVELS_HU = (-970.0, -950.0, -930.0, -910.0)
-GAS_RULES = ((0.3, -980.0, np.inf), (0.3, -962.0, 100.0), (0.1, -880.0, 10.0))
-MIN_GAS_ML, MAX_BRIGHT_GAS_ML = 0.2, 100.0
-BRONCHUS_HU = -850.0  # one more level for single slices, where no trachea shows which tubes are bronchi
-MIN_EXTENT_MM = 20.0  # a scan of fewer slices counts as this thick when volumes decide
+GAS_RULES = ((0.1, -980.0, np.inf), (0.3, -962.0, 100.0), (0.1, -940.0, 10.0))
+MIN_GAS_ML, MAX_BRIGHT_GAS_ML = 1.0, 100.0
+# A few slices show bronchi as separate pieces that are hardly darker than lung: one more level and rule.
+THIN_LEVEL_HU, THIN_RULE = -850.0, (0.1, -880.0, 10.0)
+MIN_EXTENT_MM = 20.0  # thinner scans count as this thick when volumes decide
 
 SKIN_MM = 5.0  # no lung lies nearer to the skin
 MAX_OPEN_SHARE = 0.05
 CAGE_MM = 12.0  # half a gap between ribs
 GLARE_MM = 20.0  # streaks of metal and dense contrast medium pretend to be ground-glass this far
 ISLAND_MM = 10.0  # largest gap between parts of a lung
+GAS_MARGIN_MM = 8.0  # pieces of lung nearer to other gas may be parts of the bowel
 BRIDGE_MM, CLOSING_MM = 4.0, 15.0
 MIN_AREA_MM2, MAX_HOLE_MM2 = 200.0, 1500.0
 
@@ -49,13 +51,15 @@ def find_lungs(hu: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.ndar
         spacing: mm along Z, Y, X.
 
     Returns:
-        The lungs, uint8 (Z, Y, X), 0 background, 1 left, 2 right, and the first column on the left lung's side of
-        the sheet between them, (Z, Y).
+        The lungs, uint8 (Z, Y, X), 0 background, 1 left, 2 right, and the first column on the left lung's
+        side of the sheet between them, (Z, Y).
     """
     lungs, sheet = np.zeros(hu.shape, np.uint8), np.zeros(hu.shape[:2], np.int32)
-    body = _largest(open_box(hu > AERATED_HU, flat=True))
+    tissue = hu > AERATED_HU
+    body = _largest(open_box(tissue, flat=True))  # opened, it lets go of the couch
     if not body.any():
         return lungs, sheet
+    body = dilate_box(body, 2 * spacing[2], spacing) & tissue  # takes thin parts of the chest wall back
     closed = _closed_faces(hu)
     inside = _count_hits(body, closed) >= 3
     air = (hu < AERATED_HU) & inside
@@ -73,7 +77,7 @@ def find_lungs(hu: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.ndar
 
     cage = _count_hits(dilate_box((hu > BONE_HU) & inside, CAGE_MM, spacing), closed)
     glare = dilate_box(hu > GLARE_HU, GLARE_MM, spacing)
-    wide_gas = dilate_box(gas, SKIN_MM, spacing)
+    wide_gas = dilate_box(gas, GAS_MARGIN_MM, spacing)
     opening = air & dilate_box((hu < AERATED_HU) & ~inside, spacing[2], spacing)
     open_air = dilate_box(opening, SKIN_MM + 2 * spacing[2], spacing)
     for value, side in ((1, left), (2, ~left)):
@@ -101,7 +105,7 @@ def _closed_faces(hu: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
 
 
 def _count_hits(mask: np.ndarray, closed: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
-    """In how many of the four directions in plane ``mask`` lies, or the image ends in the body, (Z, Y, X)."""
+    """In how many of the four directions in plane ``mask`` lies or the image ends in the body, (Z, Y, X)."""
     hits = np.zeros(mask.shape, np.uint8)
     for (axis, step), end in closed.items():
         view = (slice(None),) * axis + (slice(None, None, step),)
@@ -110,11 +114,13 @@ def _count_hits(mask: np.ndarray, closed: dict[tuple[int, int], np.ndarray]) -> 
 
 
 def _find_gas(hu: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Air that is not lung: darker than lung, and with tissue behind its rim where lung would go on as lung."""
+    """Air that is not lung: darker than lung, and behind its rim lies tissue where lung would go on."""
     gas = np.zeros(hu.shape, bool)
     extent = len(hu) * spacing[0]
     voxel_ml = spacing.prod() / 1000 * max(1.0, MIN_EXTENT_MM / extent)
-    levels = GAS_LEVELS_HU if extent > MIN_EXTENT_MM else (*GAS_LEVELS_HU, BRONCHUS_HU)
+    levels, rules = GAS_LEVELS_HU, GAS_RULES
+    if extent < MIN_EXTENT_MM:
+        levels, rules = (*levels, THIN_LEVEL_HU), (*rules, THIN_RULE)
     for level in levels:
         labels = cc3d.connected_components(air & (hu < level), connectivity=6)
         volumes = np.bincount(labels.ravel()) * voxel_ml
@@ -130,7 +136,7 @@ def _find_gas(hu: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarra
             lung = np.count_nonzero(behind & air[box] & (hu[box] >= level))
             tissue = np.count_nonzero(behind & (hu[box] >= AERATED_HU))
             share, quartile = lung / max(1, lung + tissue), np.percentile(hu[box][part], 25)
-            if any(share < s and quartile < q and volumes[n] < v for s, q, v in GAS_RULES):
+            if any(share < s and quartile < q and volumes[n] < v for s, q, v in rules):
                 gas[box] |= part
     return gas
 
@@ -149,7 +155,7 @@ def _choose(
     Args:
         hu: working grid in HU.
         lung_like: voxels of one side that may be lung.
-        cage: in how many directions bone lies: 3 or 4 in the chest, fewer for air between arm, skin and couch.
+        cage: in how many directions bone lies: 3 or 4 in the chest, fewer between arm, skin and couch.
         glare: where streaks are to be expected.
         wide_gas: surroundings of other air, where no islands are taken.
         open_air: where a hollow of the body's surface opens, as between neck and shoulder.

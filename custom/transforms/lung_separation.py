@@ -35,7 +35,7 @@ def find_midline(hu: np.ndarray, body: np.ndarray, spacing: np.ndarray) -> int:
 
 
 def dividing_sheet(hu: np.ndarray, midline: int, spacing: np.ndarray) -> np.ndarray:
-    """Cheapest path from front to back in each axial slice, where crossing air costs and crossing tissue is free.
+    """Cheapest path from front to back in each axial slice, where air has a price and tissue is nearly free.
 
     Between lungs that touch, the path follows the membrane at their junction, which partial volume makes a
     little brighter than lung.
@@ -49,8 +49,8 @@ def dividing_sheet(hu: np.ndarray, midline: int, spacing: np.ndarray) -> np.ndar
         The first column on the left lung's side, (Z, Y).
 
     Reference:
-        Brown et al., "Method for Segmenting Chest CT Image Data Using an Anatomical Model", IEEE TMI 16(6), 1997:
-        the anterior junction line as a minimum-cost path.
+        Brown et al., "Method for Segmenting Chest CT Image Data Using an Anatomical Model: Preliminary
+        Results", IEEE TMI 16(6), 1997: the anterior junction as a minimum-cost path.
     """
     half = int(REACH_MM / spacing[2])
     x = np.arange(max(0, midline - half), min(hu.shape[2], midline + half + 1))

@@ -10,13 +10,13 @@ from skimage.morphology import convex_hull_image
 __all__ = ["fill_to_wall"]
 
 BONE_HU, AIR_HU = 150.0, -500.0
-# Rays from the middle of a lung, counted from posterior towards the side: from the groove beside the spine to the
-# front of the flank. Further round lie mediastinum, heart and cartilage, where nothing shows what is lung.
+# Rays from the middle of a lung, counted from posterior towards the side: from the groove beside the spine
+# to the front of the flank. Further round are mediastinum, heart and cartilage: nothing shows what is lung.
 STEP_DEG, STEP_MM, RANGE_MM = 3.0, 1.5, 180.0
 ANGLES_DEG = np.arange(-42.0, 121.0, STEP_DEG)
 GAP_MM, GAP_DEG, SLICE_GAP_DEG = 30.0, 27.0, 63.0  # largest gaps between ribs; within one slice they are wide
 PLEURA_MM = 3.0
-MIN_DEPTH_MM, MAX_DEPTH_MM = 15.0, 70.0  # chest wall between lung and ribs is up to 12 mm thick in health
+MIN_DEPTH_MM, MAX_DEPTH_MM = 15.0, 70.0  # in health up to 14 mm lie between lung and ribs, near the base
 APEX_MM = 40.0  # the first ribs run too flat to bound the apex
 SMOOTH_MM = 20.0
 
@@ -24,9 +24,9 @@ SMOOTH_MM = 20.0
 def fill_to_wall(
     hu: np.ndarray, lung: np.ndarray, inside: np.ndarray, spacing: np.ndarray, outward: int
 ) -> np.ndarray:
-    """Add the tissue that lies between one lung and the inner surface of its ribs where it is too thick for a wall.
+    """Add what lies between one lung and the inner surface of its ribs where it is too thick for a wall.
 
-    In every slice, rays from the middle of the lung find the outermost aerated voxel and the first bone behind it.
+    In every slice, rays from the middle of the lung find its outermost voxel and the first bone behind that.
     Distances to bone, over angle and height, show the ribs as bands; opening them closes the gaps between.
 
     Args:

@@ -11,7 +11,8 @@ import pytest
 from scipy import ndimage
 
 from custom.data import phantom as phantom_module
-from custom.data.phantom import LESION_CLASSES, Lesion, Phantom, make_phantom, write_cohort
+from custom.data.phantom import LESION_CLASSES, Lesion, Phantom, make_phantom
+from custom.data.phantom_cohort import write_cohort
 
 SMALL = {"shape": (64, 64, 26), "spacing": (5.6, 5.6, 12.0)}
 TINY = {"shape": (24, 24, 10), "spacing": (15.0, 15.0, 31.0)}
@@ -304,7 +305,7 @@ def test_cohort_is_listed_and_not_redone(tmp_path):
 def test_cohort_refuses_a_folder_with_other_cases(tmp_path, change):
     arguments = {"folder": tmp_path, "n_cases": 1, "seed": 2, **TINY}
     write_cohort(**arguments)
-    with pytest.raises(ValueError, match="case_000_ct.nii.gz has another shape, spacing or seed"):
+    with pytest.raises(ValueError, match="case_000_ct.nii.gz was made with other settings"):
         write_cohort(**{**arguments, **change})
 
 
