@@ -182,8 +182,9 @@ def save_atomically(content: Any, path: str | os.PathLike) -> None:
         content: what to save.
         path: file to write.
     """
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    # Given a path, torch.save writes the (temporary) name into the file, and equal weights would differ in hash.
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
 
 
 def _rank() -> int:
