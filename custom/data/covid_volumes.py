@@ -105,7 +105,7 @@ def check_volumes(
     order = {volume.name: position for position, volume in enumerate(volumes)}
     cases: list[dict[str, Any]] = []
     left_out = []
-    for result in work_through(_check, jobs, num_workers, desc, "scan"):
+    for result in work_through(_check, jobs, num_workers, desc, "scan") if jobs else ():
         if isinstance(result, LeftOut):
             left_out.append(result)
         else:

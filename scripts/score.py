@@ -1,0 +1,311 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+"""Score a folder of predictions against a folder of truths.
+
+python scripts/score.py --predictions PREDICTIONS --truths TRUTHS --output scores
+
+Both hold NIfTI files or 8-bit pictures (PNG, JPG, BMP, TIFF), also in sub-folders; a prediction may be a mask
+or a map of probabilities. They are paired by file name without its suffix, never by order, and every one must
+have its partner. Printed are means over slices and cases, and pooled values; OUTPUT.csv has a row for each
+case, OUTPUT.json the same and the summary with the protocol of each mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from custom.console import bar_interval, command
+from custom.data.files import atomic_path, write_json
+from custom.data.scans import is_nifti, read_scan
+from custom.metrics import CaseScores, ScoredCase, score_cases, summarize_scores
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SHIFT_MM = 0.05  # farther apart than rounding in a header can put two copies of one grid
+ROUNDING = 1e-5  # a map stored as bytes with a scale of 1/255 comes back as 1.0000001
+SCHEMA_VERSION = "1.0"
+SHOWN = {
+    "dice": "Dice",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "ppv": "PPV",
+    "iou": "IoU",
+    "voe": "VOE",
+    "rvd": "RVD",
+    "va": "VA",
+    "rlp": "RLP",
+    "rlr": "RLR",
+    "mae": "MAE",
+    "hd95_mm": "HD95 (mm)",
+    "surface_dice": "surface Dice",
+}
+
+
+@dataclass
+class MaskFolder:
+    """The masks of a folder by name.
+
+    Args:
+        folder: searched with its sub-folders; hidden files are left aside.
+        kind: "prediction" or "truth", for messages.
+        suffix: end of the file names that belong, before ``.nii.gz`` or ``.png``; not part of the name.
+        maximum: value that stands for 1; None: 255 in pictures, 1 in NIfTI files.
+    """
+
+    folder: Path
+    kind: str
+    suffix: str = ""
+    maximum: float | None = None
+    files: dict[str, Path] = field(init=False)
+    greatest_in_pictures: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"folder of {self.kind}s not found: {self.folder}")
+        if self.maximum is not None and self.maximum <= 0:
+            raise ValueError(f"--{self.kind}-max must be above 0, got {self.maximum}")
+        self.files = {}
+        for path in sorted(self.folder.rglob("*")):
+            stem = _stem(path)
+            if stem is None or any(part.startswith(".") for part in path.relative_to(self.folder).parts):
+                continue
+            if not stem.endswith(self.suffix) or not path.is_file():
+                continue
+            name = stem[: len(stem) - len(self.suffix)]
+            if name in self.files:
+                raise ValueError(f"two {self.kind}s have the name '{name}': {self.files[name]} and {path}")
+            self.files[name] = path
+        if not self.files:
+            ending = f" whose name ends in '{self.suffix}'" if self.suffix else ""
+            raise FileNotFoundError(
+                f"no {self.kind} in {self.folder}: neither a NIfTI file nor a picture{ending}"
+            )
+
+    def read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Values from 0 to 1, (H, W) or (I, J, K), and the affine of a NIfTI file."""
+        path = self.files[name]
+        affine = None
+        if is_nifti(path):
+            scan = read_scan(path)
+            values, affine = scan.voxels, scan.affine
+        else:
+            values = _read_picture(path)
+        least, greatest = float(values.min()), float(values.max())
+        maximum = self.maximum or (255.0 if affine is None else 1.0)
+        slack = ROUNDING * maximum
+        if not (least >= -slack and greatest <= maximum + slack):
+            raise ValueError(
+                f"{self.kind} {path} holds values from {least:g} to {greatest:g}, not from 0 to {maximum:g}; "
+                f"if another value stands for 1, say --{self.kind}-max"
+            )
+        if affine is None:
+            self.greatest_in_pictures = max(self.greatest_in_pictures, greatest)
+        return np.clip(values / np.float32(maximum), 0, 1), affine
+
+    def check_values(self) -> None:
+        """Refuse pictures of 0 and 1, in which nothing at all would come out as foreground.
+
+        Only all pictures together tell: a single map of probabilities may well be this dark.
+        """
+        if self.greatest_in_pictures == 1 and self.maximum is None:
+            raise ValueError(
+                f"the pictures in {self.folder} hold 0 and 1 only, where 255 is taken to stand for 1; "
+                f"if 1 does, say --{self.kind}-max 1"
+            )
+
+
+def _stem(path: Path) -> str | None:
+    """File name without the suffix, None where it is neither NIfTI nor picture."""
+    if is_nifti(path):
+        return path.name[: path.name.lower().rindex(".nii")]
+    return path.stem if path.suffix.lower() in PICTURES else None
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as picture:
+            if getattr(picture, "n_frames", 1) > 1:
+                raise ValueError(f"{path} holds {picture.n_frames} pictures; give one file for each")
+            if picture.mode == "1":
+                return np.where(np.asarray(picture), 255, 0).astype(np.float32)
+            if picture.mode not in ("L", "P", "RGB"):
+                raise ValueError(f"{path} is a picture of mode {picture.mode}; 8-bit grey values are needed")
+            colours = np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    if (colours != colours[..., :1]).any():
+        raise ValueError(f"{path} is a picture in colour; 8-bit grey values are needed")
+    return colours[..., 0].astype(np.float32)
+
+
+def pair_names(predictions: MaskFolder, truths: MaskFolder) -> list[str]:
+    """Names that both folders have, which must be all.
+
+    Raises:
+        FileNotFoundError: When a prediction has no truth or a truth no prediction.
+    """
+    for one, other in ((truths, predictions), (predictions, truths)):
+        alone = sorted(set(one.files) - set(other.files))
+        if alone:
+            named = ", ".join(f"'{name}'" for name in alone[:5]) + (", ..." if len(alone) > 5 else "")
+            raise FileNotFoundError(
+                f"{len(alone)} of {len(one.files)} {one.kind}s have no {other.kind} of the same name in "
+                f"{other.folder}: {named}; for ends of names that differ see --truth-suffix and "
+                "--prediction-suffix"
+            )
+    return sorted(truths.files)
+
+
+def read_cases(predictions: MaskFolder, truths: MaskFolder, names: Iterable[str]) -> Iterator[ScoredCase]:
+    """Read one pair after the other.
+
+    Raises:
+        ValueError: When a pair differs in size or place, or holds values that are neither mask nor map.
+    """
+    for name in names:
+        soft, place = predictions.read(name)
+        truth, affine = truths.read(name)
+        files = f"{predictions.files[name]} and {truths.files[name]}"
+        if soft.shape != truth.shape:
+            raise ValueError(f"{files} differ in size: {soft.shape} and {truth.shape} pixels")
+        yield ScoredCase(name, soft, truth >= 0.5, **_geometry(place, affine, soft.shape, files))
+
+
+def _geometry(
+    place: np.ndarray | None, affine: np.ndarray | None, shape: tuple[int, ...], files: str
+) -> dict[str, Any]:
+    if affine is None or place is None:
+        return {}
+    corners = np.stack(np.meshgrid(*((0, n - 1) for n in shape), 1, indexing="ij")).reshape(4, -1)
+    shift = float(np.linalg.norm(((place - affine) @ corners)[:3], axis=0).max())
+    if shift > SHIFT_MM:
+        raise ValueError(
+            f"{files} lie in different places, up to {shift:.3g} mm apart: their affines differ; "
+            "resample one onto the other"
+        )
+    axes = affine[:3, :3]
+    spacing = nib.affines.voxel_sizes(affine)
+    # Along the axes of a sheared grid, as of a tilted gantry, distances do not follow from the spacing.
+    square = np.allclose(axes.T @ axes, np.diag(spacing**2), atol=1e-3 * spacing.min() ** 2)
+    return {
+        "voxel_ml": float(abs(np.linalg.det(axes)) / 1000),
+        "spacing": tuple(spacing.tolist()) if square else None,
+        "slice_axis": int(np.flatnonzero(nib.orientations.io_orientation(affine)[:, 0] == 2)[0]),
+    }
+
+
+def write_scores(
+    output: Path, scores: list[CaseScores], summary: dict[str, Any], settings: dict[str, Any]
+) -> tuple[Path, Path]:
+    """Write the table and the summary, each whole or not at all.
+
+    Returns:
+        The CSV and the JSON file.
+    """
+    if output.suffix.lower() in (".csv", ".json"):
+        output = output.with_suffix("")
+    table, report = (output.with_name(output.name + suffix) for suffix in (".csv", ".json"))
+    rows = [case.row for case in scores]
+    with atomic_path(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    write_json(
+        report, {"schema_version": SCHEMA_VERSION, "settings": settings, "summary": summary, "cases": rows}
+    )
+    return table, report
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The summary as a table for people."""
+    slices, cases, pooled = (summary[key] for key in ("per_slice", "per_case", "pooled"))
+    lines = [
+        f"{summary['cases']} cases ({cases['empty_truths']} truths and {cases['empty_predictions']} "
+        f"predictions empty), {summary['slices']} slices ({slices['empty_truths']} truths and "
+        f"{slices['empty_predictions']} predictions empty)",
+        "",
+        f"{'':14}{'mean over slices':24}{'mean over cases':24}pooled",
+    ]
+    for key, label in SHOWN.items():
+        means = (_format_mean(table["metrics"].get(key)) for table in (slices, cases))
+        lines.append(f"{label:14}{''.join(f'{m:24}' for m in means)}{_number(pooled['metrics'].get(key))}")
+    if cases["empty_truths"]:
+        found = summary["false_positives"]["ml"]
+        unit = "ml" if found["n"] else "voxels"
+        found = summary["false_positives"][unit]
+        lines.append(
+            f"false positives in the {found['n']} cases with an empty truth: mean {_number(found['mean'])}, "
+            f"greatest {_number(found['max'])} {'mL' if unit == 'ml' else 'voxels'}"
+        )
+    protocols = [slices["protocol"], cases["protocol"], pooled["protocol"], summary["empty_policy"]]
+    return "\n".join([*lines, "", *protocols, summary["definitions"]])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _format_mean(values: dict[str, Any] | None) -> str:
+    if values is None:
+        return "-"
+    return f"{_number(values['mean'])} (n {values['n']})"
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--predictions", type=Path, required=True, help="folder of the predictions")
+    parser.add_argument("--truths", type=Path, required=True, help="folder of the truths")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="where to write: OUTPUT.csv and OUTPUT.json"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="probability that counts as predicted (default: 0.5)"
+    )
+    for kind, example in (("prediction", "_opacity"), ("truth", "_mask")):
+        parser.add_argument(
+            f"--{kind}-suffix",
+            default="",
+            help=f"take only {kind}s whose names end in this, as {example}, which is not part of the name",
+        )
+        parser.add_argument(
+            f"--{kind}-max",
+            type=float,
+            help=f"value that stands for 1 in {kind}s (default: 255 in pictures, 1 in NIfTI files)",
+        )
+    parser.add_argument(
+        "--surface-tolerance",
+        type=float,
+        default=3.0,
+        help="distance in mm up to which a surface counts as met in the surface Dice (default: 3)",
+    )
+    args = parser.parse_args(argv)
+    predictions = MaskFolder(args.predictions, "prediction", args.prediction_suffix, args.prediction_max)
+    truths = MaskFolder(args.truths, "truth", args.truth_suffix, args.truth_max)
+    names = pair_names(predictions, truths)
+    bar = tqdm(names, desc="scoring", unit="case", dynamic_ncols=True, mininterval=bar_interval())
+    cases = read_cases(predictions, truths, bar)
+    scores = list(score_cases(cases, args.threshold, args.surface_tolerance))
+    for folder in (predictions, truths):
+        folder.check_values()
+    summary = summarize_scores(scores)
+    settings = {"threshold": args.threshold, "surface_tolerance_mm": args.surface_tolerance}
+    written = write_scores(args.output, scores, summary, settings)
+    print(format_summary(summary))
+    print("written: " + ", ".join(os.fspath(path) for path in written))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
