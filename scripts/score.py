@@ -16,7 +16,6 @@ import csv
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ SHOWN = {
 }
 
 
-@dataclass
 class MaskFolder:
     """The masks of a folder by name.
 
@@ -62,34 +60,27 @@ class MaskFolder:
         maximum: value that stands for 1; None: 255 in pictures, 1 in NIfTI files.
     """
 
-    folder: Path
-    kind: str
-    suffix: str = ""
-    maximum: float | None = None
-    files: dict[str, Path] = field(init=False)
-    greatest_in_pictures: float = field(default=0.0, init=False)
-
-    def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"folder of {self.kind}s not found: {self.folder}")
-        if self.maximum is not None and self.maximum <= 0:
-            raise ValueError(f"--{self.kind}-max must be above 0, got {self.maximum}")
-        self.files = {}
-        for path in sorted(self.folder.rglob("*")):
+    def __init__(self, folder: Path, kind: str, suffix: str = "", maximum: float | None = None) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"folder of {kind}s not found: {folder}")
+        if maximum is not None and maximum <= 0:
+            raise ValueError(f"--{kind}-max must be above 0, got {maximum}")
+        self.folder, self.kind, self.maximum = folder, kind, maximum
+        self.greatest_in_pictures = 0.0
+        self.files: dict[str, Path] = {}
+        for path in sorted(folder.rglob("*")):
             stem = _stem(path)
-            if stem is None or any(part.startswith(".") for part in path.relative_to(self.folder).parts):
+            if stem is None or any(part.startswith(".") for part in path.relative_to(folder).parts):
                 continue
-            if not stem.endswith(self.suffix) or not path.is_file():
+            if not stem.endswith(suffix) or not path.is_file():
                 continue
-            name = stem[: len(stem) - len(self.suffix)]
+            name = stem[: len(stem) - len(suffix)]
             if name in self.files:
-                raise ValueError(f"two {self.kind}s have the name '{name}': {self.files[name]} and {path}")
+                raise ValueError(f"two {kind}s have the name '{name}': {self.files[name]} and {path}")
             self.files[name] = path
         if not self.files:
-            ending = f" whose name ends in '{self.suffix}'" if self.suffix else ""
-            raise FileNotFoundError(
-                f"no {self.kind} in {self.folder}: neither a NIfTI file nor a picture{ending}"
-            )
+            ending = f" whose name ends in '{suffix}'" if suffix else ""
+            raise FileNotFoundError(f"no {kind} in {folder}: neither a NIfTI file nor a picture{ending}")
 
     def read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Values from 0 to 1, (H, W) or (I, J, K), and the affine of a NIfTI file."""

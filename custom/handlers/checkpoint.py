@@ -182,7 +182,7 @@ def save_atomically(content: Any, path: str | os.PathLike) -> None:
         content: what to save.
         path: file to write.
     """
-    # Given a path, torch.save writes the (temporary) name into the file, and equal weights would differ in hash.
+    # Given a path, torch.save writes its name into the file, and equal weights would differ in hash.
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
 

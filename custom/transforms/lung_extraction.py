@@ -16,7 +16,7 @@ from custom.transforms.lung_search import find_lungs
 
 __all__ = ["extract_lungs"]
 
-WORKING_MM = 2.9  # the working grid's largest spacing
+WORKING_MM = 2.5  # the working grid's largest spacing
 BORDER_HU = -600  # as in the published steps
 CHUNK = 16  # slices of the working grid at a time
 

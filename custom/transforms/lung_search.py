@@ -24,13 +24,19 @@ BONE_HU, GLARE_HU = 150.0, 800.0
 FREE_AIR_HU = -930.0
 
 # Levels at which air falls apart into pieces, darkest first, and what makes a piece gas instead of lung: the
-# largest share of lung behind its rim, the highest lower quartile (HU) and the largest volume (mL). Stomach
-# and colon can be large but are as dark as outer air; a small bronchus is less dark, with tissue all around.
+# largest share of lung behind its rim, the highest lower quartile (HU), smallest and largest volume (mL) and
+# the largest distance from the midline (mm). Stomach and colon can be large but are as dark as outer air;
+# trachea and main bronchi touch lung; what is less dark must have tissue all around.
 GAS_LEVELS_HU = (-970.0, -950.0, -930.0, -910.0)
-GAS_RULES = ((0.1, -980.0, np.inf), (0.3, -962.0, 100.0), (0.1, -940.0, 10.0))
-MIN_GAS_ML, MAX_BRIGHT_GAS_ML = 1.0, 100.0
+GAS_RULES = (
+    (0.1, -980.0, 1.0, np.inf, np.inf),
+    (0.3, -962.0, 1.0, 100.0, 30.0),
+    (0.3, -985.0, 0.2, 1.0, 50.0),
+    (0.1, -940.0, 1.0, 10.0, np.inf),
+)
+MAX_BRIGHT_GAS_ML = 100.0
 # A few slices show bronchi as separate pieces that are hardly darker than lung: one more level and rule.
-THIN_LEVEL_HU, THIN_RULE = -850.0, (0.1, -880.0, 10.0)
+THIN_LEVEL_HU, THIN_RULE = -850.0, (0.1, -880.0, 0.2, 10.0, np.inf)
 MIN_EXTENT_MM = 20.0  # thinner scans count as this thick when volumes decide
 
 SKIN_MM = 5.0  # no lung lies nearer to the skin
@@ -65,14 +71,15 @@ def find_lungs(hu: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.ndar
     air = (hu < AERATED_HU) & inside
     if not air.any():
         return lungs, sheet
-    gas = _find_gas(hu, air, spacing)
+    midline = find_midline(hu, body, spacing)
+    gas = _find_gas(hu, air, midline, spacing)
     lung_like = (hu < DENSE_HU) & inside & ~dilate_box(~inside, SKIN_MM, spacing)
     # Gas takes the partial-volume rim of its wall along, unless lung begins behind the wall.
     thick = open_box(lung_like & ~gas & (hu > GAS_LEVELS_HU[2]))
     gas |= dilate_box(gas, SKIN_MM, spacing) & inside & (hu < GAS_LEVELS_HU[2]) & ~thick
     gas |= dilate_box(gas, 2 * spacing[2], spacing) & lung_like & ~thick
     lung_like &= ~gas
-    sheet = dividing_sheet(np.where(gas | ~inside, 0, hu), find_midline(hu, body, spacing), spacing)
+    sheet = dividing_sheet(np.where(gas | ~inside, 0, hu), midline, spacing)
     left = np.arange(hu.shape[2]) >= sheet[:, :, None]
 
     cage = _count_hits(dilate_box((hu > BONE_HU) & inside, CAGE_MM, spacing), closed)
@@ -113,12 +120,13 @@ def _count_hits(mask: np.ndarray, closed: dict[tuple[int, int], np.ndarray]) -> 
     return hits
 
 
-def _find_gas(hu: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+def _find_gas(hu: np.ndarray, air: np.ndarray, midline: int, spacing: np.ndarray) -> np.ndarray:
     """Air that is not lung: darker than lung, and behind its rim lies tissue where lung would go on."""
     gas = np.zeros(hu.shape, bool)
     extent = len(hu) * spacing[0]
     voxel_ml = spacing.prod() / 1000 * max(1.0, MIN_EXTENT_MM / extent)
-    levels, rules = GAS_LEVELS_HU, GAS_RULES
+    levels: tuple[float, ...] = GAS_LEVELS_HU
+    rules: tuple[tuple[float, ...], ...] = GAS_RULES
     if extent < MIN_EXTENT_MM:
         levels, rules = (*levels, THIN_LEVEL_HU), (*rules, THIN_RULE)
     for level in levels:
@@ -126,7 +134,7 @@ def _find_gas(hu: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarra
         volumes = np.bincount(labels.ravel()) * voxel_ml
         volumes[0] = 0
         boxes = ndimage.find_objects(labels)
-        for n in np.flatnonzero(volumes > MIN_GAS_ML):
+        for n in np.flatnonzero(volumes > min(rule[2] for rule in rules)):
             if volumes[n] > MAX_BRIGHT_GAS_ML and level > GAS_LEVELS_HU[0]:
                 continue  # lung itself, in one piece
             box = tuple(slice(max(0, s.start - 5), s.stop + 5) for s in boxes[n - 1])
@@ -136,7 +144,12 @@ def _find_gas(hu: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarra
             lung = np.count_nonzero(behind & air[box] & (hu[box] >= level))
             tissue = np.count_nonzero(behind & (hu[box] >= AERATED_HU))
             share, quartile = lung / max(1, lung + tissue), np.percentile(hu[box][part], 25)
-            if any(share < s and quartile < q and volumes[n] < v for s, q, v in rules):
+            columns = boxes[n - 1][2]
+            off = max(columns.start - midline, midline - columns.stop, 0) * spacing[2]
+            if any(
+                share < s and quartile < q and least < volumes[n] < most and off < o
+                for s, q, least, most, o in rules
+            ):
                 gas[box] |= part
     return gas
 

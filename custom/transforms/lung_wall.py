@@ -17,6 +17,7 @@ ANGLES_DEG = np.arange(-42.0, 121.0, STEP_DEG)
 GAP_MM, GAP_DEG, SLICE_GAP_DEG = 30.0, 27.0, 63.0  # largest gaps between ribs; within one slice they are wide
 PLEURA_MM = 3.0
 MIN_DEPTH_MM, MAX_DEPTH_MM = 15.0, 70.0  # in health up to 14 mm lie between lung and ribs, near the base
+EDGE_MM = 7.0  # a patch that is thick enough somewhere reaches as far as it is thicker than this
 APEX_MM = 40.0  # the first ribs run too flat to bound the apex
 SMOOTH_MM = 20.0
 
@@ -65,9 +66,13 @@ def fill_to_wall(
         mode="nearest",
     )
     depth = ndimage.median_filter(wall - last * STEP_MM, (min(3, len(part)), 5), mode="nearest")
-    thick = (depth > MIN_DEPTH_MM) & (depth < MAX_DEPTH_MM) & (wall < RANGE_MM)
+    thick = (depth > EDGE_MM) & (depth < MAX_DEPTH_MM) & (wall < RANGE_MM)
     if not single:
         thick[len(thick) - int(APEX_MM / spacing[0]) :] = False
+    patches, count = ndimage.label(thick)
+    sick = np.zeros(count + 1, bool)
+    sick[patches[thick & (depth > MIN_DEPTH_MM)]] = True
+    thick = sick[patches]
 
     out = lung.copy()
     for k in np.flatnonzero(thick.any(1)):
