@@ -2,7 +2,9 @@
 # make test   set up and run the tests
 # make lint   style, types and JSON formatting
 SHELL := /bin/bash
-PYTHON ?= $(firstword $(foreach v,3.12 3.11 3.13 3.10,$(shell command -v python$(v) 2>/dev/null)) python3)
+# The first interpreter that runs and has a version we support.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
@@ -11,8 +13,7 @@ TESTS ?= tests
 
 # One stamp per set of requirements; it is remade only when they change.
 $(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: setup.cfg constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
-		{ echo "error: Python 3.10-3.13 is needed, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=/path/to/python" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10-3.13 found; set PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the $* requirements into $(VENV) (a few minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"

@@ -30,7 +30,7 @@ def test_the_first_cause_is_what_the_user_reads():
 
     assert describe_error(raised(wrapped)) == "scan.nii is 4-D; give 3-D"
     assert describe_error(RuntimeError("a bug")) is None
-    assert describe_error(raised(lambda: open("no/such/file"))) == "No such file or directory: no/such/file"
+    assert describe_error(raised(Path("no/such/file").read_text)) == "No such file or directory: no/such/file"
 
 
 def test_a_data_loader_workers_pasted_traceback_is_read():
