@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 
-__all__ = ["LUNGS", "measure_opacity"]
+__all__ = ["LUNGS", "ZONES", "measure_opacity"]
 
 LUNGS = {"left": 1, "right": 2}
 """Values of the lungs in a lung mask."""
+
+ZONES = ("lower", "middle", "upper")
+"""Thirds of each lung's height, an approximation of the zones that radiologists read by anatomy."""
 
 
 def measure_opacity(
@@ -34,8 +38,9 @@ def measure_opacity(
 
     Returns:
         ``voxel_volume_ml``, ``opacity_voxels``, ``opacity_volume_ml`` and ``lung_volume_ml`` (each with
-        ``left``, ``right``, ``total``; opacity also ``outside_lungs``), ``opacity_percent_of_lung`` and
-        ``reasons``, which names why a value is null.
+        ``left``, ``right``, ``total``; opacity also ``outside_lungs``), ``opacity_percent_of_lung``,
+        ``opacity_volume_ml_by_zone`` (for each lung the :data:`ZONES`) and ``reasons``, which names why a
+        value is null.
 
     Raises:
         ValueError: When mask and lungs differ in shape.
@@ -75,6 +80,13 @@ def measure_opacity(
                 percent[side] = round(100 * voxels / lung_voxels[side], 3)  # type: ignore[operator]
             else:
                 reasons[f"opacity_percent_of_lung.{side}"] = "no such lung was found"
+    zones = _by_zone(found, lungs, affine)
+    if zones is None:
+        reasons["opacity_volume_ml_by_zone"] = (
+            no_lungs_reason
+            if lungs is None
+            else "zones need an orientation and at least three slices with lung"
+        )
     total = int(found.sum())
     return {
         "voxel_volume_ml": voxel_ml,
@@ -85,5 +97,33 @@ def measure_opacity(
         },
         "lung_volume_ml": {k: millilitres(v) for k, v in lung_voxels.items()},
         "opacity_percent_of_lung": percent,
+        "opacity_volume_ml_by_zone": zones
+        and {side: {zone: millilitres(v) for zone, v in one.items()} for side, one in zones.items()},
         "reasons": reasons,
     }
+
+
+def _by_zone(
+    found: np.ndarray, lungs: np.ndarray | None, affine: np.ndarray | None
+) -> dict[str, dict[str, int]] | None:
+    """Voxels of opacity in the thirds of each lung's height, None where that cannot be told."""
+    if lungs is None or affine is None or found.ndim != 3:
+        return None
+    orientation = nib.orientations.io_orientation(affine)
+    axis = int(np.flatnonzero(orientation[:, 0] == 2)[0])
+    others = tuple(a for a in range(3) if a != axis)
+    zones = {}
+    for side, value in LUNGS.items():
+        planes = np.flatnonzero((lungs == value).any(axis=others))
+        if not len(planes):
+            zones[side] = dict.fromkeys(ZONES, 0)
+            continue
+        first, height = int(planes[0]), int(planes[-1] - planes[0]) + 1
+        if height < len(ZONES):
+            return None
+        counts = (found & (lungs == value)).sum(axis=others)[first : first + height]
+        if orientation[axis, 1] < 0:  # the axis runs to the feet
+            counts = counts[::-1]
+        third = (np.arange(height) + 0.5) * len(ZONES) // height
+        zones[side] = {zone: int(counts[third == number].sum()) for number, zone in enumerate(ZONES)}
+    return zones

@@ -50,6 +50,8 @@ def check(folder: Path, name: str, affine: np.ndarray, shape: tuple, phantom) ->
     expected = truth.sum() * np.prod(SPACING) / 1000
     assert volume["total"] == pytest.approx(expected, rel=0.01), name
     assert volume["left"] == pytest.approx(volume["total"], rel=0.01), "the lesion lies in the left lung"
+    zones = report["opacity_volume_ml_by_zone"]["left"]
+    assert zones["upper"] > 0 and zones["lower"] == 0, "the lesion lies above the lower zone"
 
 
 def run(folder: Path, scans: Path) -> None:
