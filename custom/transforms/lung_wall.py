@@ -17,7 +17,7 @@ ANGLES_DEG = np.arange(-42.0, 121.0, STEP_DEG)
 GAP_MM, GAP_DEG, SLICE_GAP_DEG = 30.0, 27.0, 63.0  # largest gaps between ribs; within one slice they are wide
 PLEURA_MM = 3.0
 MIN_DEPTH_MM, MAX_DEPTH_MM = 15.0, 70.0  # in health up to 14 mm lie between lung and ribs, near the base
-EDGE_MM = 7.0  # a patch that is thick enough somewhere reaches as far as it is thicker than this
+EDGE_MM = 10.0  # a patch that is thick enough somewhere reaches as far as it is thicker than this
 APEX_MM = 40.0  # the first ribs run too flat to bound the apex
 SMOOTH_MM = 20.0
 

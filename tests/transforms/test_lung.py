@@ -40,6 +40,23 @@ def test_a_given_mask_is_kept_and_a_wrong_one_refused(phantom):
             LungMaskd("image")({"image": scan, "lung": wrong})
 
 
+def test_the_mask_bears_the_scans_name_and_trace(phantom):
+    scan = image(phantom.image, phantom.affine)
+    scan.meta["filename_or_obj"] = "somewhere/ct.nii.gz"
+    turned = Orientationd("image", "RAS", labels=None)({"image": scan})
+    mask = LungMaskd("image")(turned)["lung"]
+    assert mask.meta["filename_or_obj"] == "somewhere/ct.nii.gz"
+    assert len(mask.applied_operations) == 1, "so that Invertd can bring it back as the scan"
+
+
+@pytest.mark.parametrize("wrong", ["two channels", "one plane", "no HU"])
+def test_what_is_no_scan_is_refused(phantom, wrong):
+    scan = image(phantom.image, phantom.affine)
+    scan = {"two channels": torch.cat([scan, scan]), "one plane": scan[..., 5], "no HU": scan + 2000}[wrong]
+    with pytest.raises(ValueError, match="rescale to HU" if wrong == "no HU" else "need one scan"):
+        LungMaskd("image")({"image": scan})
+
+
 def test_no_lung_is_an_error_of_its_own():
     body = np.full((40, 40, 5), -1000.0)
     body[8:32, 8:32] = 40.0
@@ -106,6 +123,8 @@ def test_what_lies_elsewhere_or_is_empty_is_refused():
     data["label"] = data["image"][:, 1:]
     with pytest.raises(ValueError, match="label is not on the grid of lung"):
         CropLungd(["image", "label"])(data)
+    with pytest.raises(ValueError, match="put LungMaskd before CropLungd"):
+        CropLungd("image")({"image": data["image"]})
     data["lung"] = data["lung"] * 0
     with pytest.raises(NoLungError, match="the lung mask is empty"):
         CropLungd("image")(data)

@@ -67,7 +67,7 @@ def test_both_lungs_are_found(recipe):
     ("kind", "centre", "radii", "least"),
     [
         # As much again lies outside and is cut off. Without any air in it, its border is a guess.
-        ("consolidation", (0.5, 1.0, 0.45), (45, 32, 40), 0.6),
+        ("consolidation", (0.5, 1.0, 0.45), (45, 32, 40), 0.68),
         ("consolidation", (1.0, 0.6, 0.5), (30, 40, 40), 0.85),
         ("ground_glass", (0.5, 0.9, 0.4), (60, 50, 70), 0.85),
         ("nodule", (0.6, 0.5, 0.6), (14, 14, 14), 0.85),
@@ -279,18 +279,18 @@ def test_a_real_lung_keeps_its_mass():
     (volume,) = read("ct_lung_dicom")
     lungs = extract_lungs(volume.hu, volume.affine)
     left, right = volumes(lungs, volume.affine)
-    assert 1423 < left < 1.1 * 1423 and 1013 * 1.03 < right < 1.15 * 1013
-    # In the middle of the mass, four slices below the carina.
-    tissue = (volume.hu > -200) & (lungs == 2)
-    assert tissue.sum() * nib.affines.voxel_sizes(volume.affine).prod() / 1000 > 50
+    assert 1423 < left < 1.1 * 1423 and 1.05 * 1013 < right < 1.15 * 1013, "the published steps lose the mass"
+    dense = [np.sum((volume.hu > -200) & (lungs == value)) for value in (1, 2)]
+    assert dense[1] > 1.5 * dense[0], "the mass is in the right lung"
 
 
 @real
 @pytest.mark.parametrize(
     ("patient", "least_cm2"),
-    [("A002304", (45, 80)), ("A046441", (42, 70)), ("A048383", (95, 85)), ("A056642", (50, 80))],
+    [("A002304", (45, 102)), ("A046441", (42, 76)), ("A048383", (94, 83)), ("A056642", (60, 94))],
 )
 def test_real_slices_of_sick_lungs(patient, least_cm2):
+    """The areas of masks that were looked at, less 3 to 5 %."""
     slices = read(f"covid_hu_slices/{patient}")
     assert len(slices) == 2
     for volume in slices:
