@@ -8,7 +8,7 @@ from custom.data.datalist import assign_folds, load_cases, read_datalist, write_
 from custom.data.dicom import find_studies
 from custom.data.dicom_series import choose_series, read_series
 from custom.data.dicom_writer import write_dicom_series
-from custom.data.files import atomic_path, write_json
+from custom.data.files import atomic_path, write_json, write_nifti
 from custom.data.lidc_prepare import prepare_lidc
 from custom.data.multiscale import MultiScaleBatch
 from custom.data.phantom import make_phantom
@@ -39,4 +39,5 @@ __all__ = [
     "write_datalist",
     "write_dicom_series",
     "write_json",
+    "write_nifti",
 ]

@@ -15,7 +15,7 @@ import numpy as np
 
 from custom.data.covid_checks import HU, LabelRule, check_same_grid, find_value_kind, sides_agree
 from custom.data.covid_slices import SliceOptions, write_volume_slices
-from custom.data.files import atomic_path, write_json
+from custom.data.files import write_json, write_nifti
 from custom.data.lidc_source import LeftOut, work_through
 from custom.data.scans import Scan, read_scan
 
@@ -178,7 +178,7 @@ def _examine(job: _Job) -> dict[str, Any] | LeftOut:
         to_write += [] if lungs is None else [("lungs", lungs)]
     for folder, array in to_write:
         case["written"].append(f"{folder}/{volume.name}.nii.gz")
-        _write_nifti(array, scan.affine, job.output / case["written"][-1])
+        write_nifti(job.output / case["written"][-1], array, scan.affine)
     if kind in options.slices_of:
         stems = write_volume_slices(job.output / "slices", volume.name, scan, kind, labels, options.slices)
         case["slices"] = stems
@@ -197,12 +197,3 @@ def _read_lungs(file: Path, scan: Scan, case: dict[str, Any]) -> np.ndarray | No
         return None
     case["lung_in_place"] = in_place
     return None if in_place else lungs
-
-
-def _write_nifti(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    image = nib.Nifti1Image(array, affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units("mm")
-    with atomic_path(path) as temporary:
-        nib.save(image, temporary)

@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "write_json"]
+import nibabel as nib
+import numpy as np
+
+__all__ = ["atomic_path", "write_json", "write_nifti"]
 
 
 @contextmanager
@@ -60,3 +63,23 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     text = json.dumps(content, indent=4, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_nifti(
+    path: str | os.PathLike, array: np.ndarray, affine: np.ndarray, description: str = ""
+) -> None:
+    """Write a volume as NIfTI, atomically, with its affine in both forms and millimetres as its unit.
+
+    Args:
+        path: file to write, .nii or .nii.gz.
+        array: (I, J, K); a plain slice (I, J) becomes a volume of one.
+        affine: 4x4 voxel to patient (RAS, mm).
+        description: for the header, at most 79 letters.
+    """
+    image = nib.Nifti1Image(array if array.ndim == 3 else array[..., None], affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = description
+    with atomic_path(path) as temporary:
+        nib.save(image, temporary)

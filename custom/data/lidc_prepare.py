@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from custom.data.datalist import assign_folds, write_datalist
 from custom.data.dicom_series import CTVolume
-from custom.data.files import atomic_path, write_json
+from custom.data.files import write_json, write_nifti
 from custom.data.lidc_consensus import LidcNodule, draw_nodules, find_nodules
 from custom.data.lidc_source import LeftOut, LidcSeries, LidcXml, find_readings, find_series, work_through
 
@@ -203,8 +202,8 @@ def _prepare_case(job: _Job) -> dict[str, Any] | LeftOut:
         reason = "the radiologists do not agree on a single voxel"
         return LeftOut(job.series.uid, "CT without an agreed nodule", reason, False)
     record.unlink(missing_ok=True)  # until it is back, the other two may be of different runs
-    _write_nifti(volume.hu, volume.affine, image)
-    _write_nifti(mask, volume.affine, label)
+    write_nifti(image, volume.hu, volume.affine)
+    write_nifti(label, mask, volume.affine)
     case = _describe(job, volume, nodules, mask)
     case |= {"key": key, "bytes": [image.stat().st_size, label.stat().st_size]}
     write_json(record, case)
@@ -250,15 +249,6 @@ def _describe(job: _Job, volume: CTVolume, nodules: Sequence[LidcNodule], mask: 
 
 def _consensus_name(four_readers: bool) -> str:
     return "at least 2 of 4 readers" if four_readers else "at least half of a nodule's annotations"
-
-
-def _write_nifti(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    image = nib.Nifti1Image(array, affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units("mm")
-    with atomic_path(path) as temporary:
-        nib.save(image, temporary)
 
 
 def _write_lists(

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
-from custom.data.files import atomic_path
+from custom.data.files import write_nifti
 from custom.data.phantom_anatomy import Anatomy
 from custom.data.phantom_shapes import Texture, Tube, correlated, coverage, grow_tree, paint_tubes
 
@@ -102,7 +101,7 @@ class Phantom:
         paths = {}
         for name, array in arrays.items():
             paths[name] = folder / f"{stem}_{name}.nii.gz"
-            _write_nifti(array, self.affine, self.description, paths[name])
+            write_nifti(paths[name], array, self.affine, self.description)
         return paths
 
 
@@ -340,13 +339,3 @@ def _check_inside(lesion: Lesion, anatomy: Anatomy, factor) -> None:
             f"make_phantom: the exact {lesion.kind} with centre ({-left}, {-back}, {up}) RAS mm and radii "
             f"{tuple(lesion.radii)} mm reaches out of the lungs; move it, shrink it or set exact=False"
         )
-
-
-def _write_nifti(array: np.ndarray, affine: np.ndarray, description: str, path: Path) -> None:
-    image = nib.Nifti1Image(array, affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units("mm")
-    image.header["descrip"] = description
-    with atomic_path(path) as temporary:
-        nib.save(image, temporary)

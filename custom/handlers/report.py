@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -17,7 +16,7 @@ from ignite.engine import Engine, Events
 import custom
 from custom.console import CohortError
 from custom.data.cohort import CohortLoader
-from custom.data.files import atomic_path, write_json
+from custom.data.files import write_json, write_nifti
 from custom.reporting.figures import AttentionView, draw_overview, shown_voxel
 from custom.reporting.quantify import measure_opacity
 from custom.transforms.load import study_info
@@ -116,7 +115,7 @@ class StudyReport:
         masks = {"opacity": opacity, "lungs": lungs}
         files = {kind: f"{name}_{kind}.nii.gz" for kind, mask in masks.items() if mask is not None}
         for kind, file in files.items():
-            _write_mask(folder / file, masks[kind], affine)
+            write_nifti(folder / file, masks[kind], affine)
         measured = measure_opacity(opacity, affine, lungs)
         lines = _headline(measured)
         attention = self._attention(output["image"], shown_voxel(_volume(opacity), _volume(lungs)), affine)
@@ -188,15 +187,6 @@ class StudyReport:
         return AttentionView(
             seen[0].cpu().numpy(), {key: value[0, 0].float().cpu().numpy() for key, value in maps.items()}
         )
-
-
-def _write_mask(path: Path, mask: np.ndarray, affine: np.ndarray) -> None:
-    nifti = nib.Nifti1Image(mask if mask.ndim == 3 else mask[..., None], affine)
-    nifti.set_qform(affine, code=1)
-    nifti.set_sform(affine, code=1)
-    nifti.header.set_xyzt_units("mm")
-    with atomic_path(path) as temporary:
-        nib.save(nifti, temporary)
 
 
 def _headline(measured: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -144,9 +145,9 @@ class _RegionMetric(MaskMetric):
         slices = [count_regions(pred[:, :, k], truth[:, :, k]) for k in used]
         return RegionCounts(*(sum(column) for column in zip(*slices, strict=True))) if slices else _NOTHING
 
+    @abstractmethod
     def _parts(self, counts: RegionCounts) -> tuple[int, int]:
         """Numerator and denominator."""
-        raise NotImplementedError
 
 
 _NOTHING = RegionCounts(0, 0, 0, 0, 0)

@@ -163,7 +163,7 @@ def test_a_run_that_is_killed_leaves_nothing_half_done(scan, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         names = ["image", "label", "record"]
-        patch.setattr(lidc_prepare, "_write_nifti", stop(lidc_prepare._write_nifti, names))
+        patch.setattr(lidc_prepare, "write_nifti", stop(lidc_prepare.write_nifti, names))
         patch.setattr(lidc_prepare, "write_json", stop(lidc_prepare.write_json, names))
         with pytest.raises(KeyboardInterrupt):
             prepare_lidc(source, out)

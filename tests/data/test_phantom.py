@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from custom.data import phantom as phantom_module
+from custom.data import files
 from custom.data.phantom import LESION_CLASSES, Lesion, Phantom, make_phantom
 from custom.data.phantom_cohort import write_cohort
 
@@ -272,7 +272,7 @@ def test_interrupted_save_leaves_no_scan(chest, tmp_path, monkeypatch):
         if image.get_data_dtype() == np.int16:
             raise OSError("disk full")
 
-    monkeypatch.setattr(phantom_module.nib, "save", broken)
+    monkeypatch.setattr(files.nib, "save", broken)
     with pytest.raises(OSError, match="disk full"):
         chest.save(tmp_path, "p")
     assert not list(tmp_path.glob("*_ct*")) and len(list(tmp_path.iterdir())) == 3  # the masks alone, whole
