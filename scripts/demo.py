@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shlex
 import shutil
@@ -73,21 +72,22 @@ def main(argv: list[str] | None = None) -> int:
         *("--ckpt_path", str(folder / "models" / "model.pt"), *reduced[4:8]),
     )
 
-    with open(folder / "scores" / "metrics.csv", encoding="utf-8") as file:
-        scores = {row[0]: float(row[1]) for row in csv.reader(file)}
+    summary = json.loads((folder / "scores" / "scores.json").read_text(encoding="utf-8"))["summary"]
+    dice, sensitivity, ppv = (
+        summary["per_case"]["metrics"][metric]["mean"] for metric in ("dice", "sensitivity", "ppv")
+    )
     (report_file,) = (folder / "results").rglob("*_report.json")
     report = json.loads(report_file.read_text(encoding="utf-8"))
     truth = float((scan.label > 0).sum()) * SPACING[0] * SPACING[1] * SPACING[2] / 1000
     print(f"\nHeld-out synthetic patients (seed 0, {options.epochs} epochs at 96x96), mean over cases:")
-    print(f"  Dice {scores['val_mean_dice']:.3f}, sensitivity {scores['val_sensitivity']:.3f}, ", end="")
-    print(f"PPV {scores['val_ppv']:.3f}")
+    print(f"  Dice {dice:.3f}, sensitivity {sensitivity:.3f}, PPV {ppv:.3f}")
     found, percent = report["opacity_volume_ml"]["total"], report["opacity_percent_of_lung"]["total"]
     print(f"New patient (DICOM): opacity {found:.0f} mL, truth {truth:.0f} mL; {percent:.1f} % of the lungs")
     print(f"Pictures, masks and reports: {folder / 'results'}")
     for picture in sorted((folder / "results").rglob("*.png")):
         print(f"  {picture}")
     print(f"Done in {time.monotonic() - started:.0f} s.")
-    if scores["val_mean_dice"] < EXPECTED_DICE:
+    if dice < EXPECTED_DICE:
         print(f"error: Dice is below {EXPECTED_DICE}; the installation is not right", file=sys.stderr)
         return 1
     return 0

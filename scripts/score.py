@@ -12,7 +12,6 @@ case, OUTPUT.json the same and the summary with the protocol of each mean.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -25,29 +24,13 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from custom.console import bar_interval, command
-from custom.data.files import atomic_path, write_json
 from custom.data.scans import is_nifti, read_scan
-from custom.metrics import CaseScores, ScoredCase, score_cases, summarize_scores
+from custom.metrics import ScoredCase, score_cases, summarize_scores
+from custom.reporting.scores import format_summary, grid_geometry, write_scores
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SHIFT_MM = 0.05  # farther apart than rounding in a header can put two copies of one grid
 ROUNDING = 1e-5  # a map stored as bytes with a scale of 1/255 comes back as 1.0000001
-SCHEMA_VERSION = "1.0"
-SHOWN = {
-    "dice": "Dice",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "ppv": "PPV",
-    "iou": "IoU",
-    "voe": "VOE",
-    "rvd": "RVD",
-    "va": "VA",
-    "rlp": "RLP",
-    "rlr": "RLR",
-    "mae": "MAE",
-    "hd95_mm": "HD95 (mm)",
-    "surface_dice": "surface Dice",
-}
 
 
 class MaskFolder:
@@ -184,72 +167,7 @@ def _geometry(
             f"{files} lie in different places, up to {shift:.3g} mm apart: their affines differ; "
             "resample one onto the other"
         )
-    axes = affine[:3, :3]
-    spacing = nib.affines.voxel_sizes(affine)
-    # Along the axes of a sheared grid, as of a tilted gantry, distances do not follow from the spacing.
-    square = np.allclose(axes.T @ axes, np.diag(spacing**2), atol=1e-3 * spacing.min() ** 2)
-    return {
-        "voxel_ml": float(abs(np.linalg.det(axes)) / 1000),
-        "spacing": tuple(spacing.tolist()) if square else None,
-        "slice_axis": int(np.flatnonzero(nib.orientations.io_orientation(affine)[:, 0] == 2)[0]),
-    }
-
-
-def write_scores(
-    output: Path, scores: list[CaseScores], summary: dict[str, Any], settings: dict[str, Any]
-) -> tuple[Path, Path]:
-    """Write the table and the summary, each whole or not at all.
-
-    Returns:
-        The CSV and the JSON file.
-    """
-    if output.suffix.lower() in (".csv", ".json"):
-        output = output.with_suffix("")
-    table, report = (output.with_name(output.name + suffix) for suffix in (".csv", ".json"))
-    rows = [case.row for case in scores]
-    with atomic_path(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    write_json(
-        report, {"schema_version": SCHEMA_VERSION, "settings": settings, "summary": summary, "cases": rows}
-    )
-    return table, report
-
-
-def format_summary(summary: dict[str, Any]) -> str:
-    """The summary as a table for people."""
-    slices, cases, pooled = (summary[key] for key in ("per_slice", "per_case", "pooled"))
-    lines = [
-        f"{summary['cases']} cases ({cases['empty_truths']} truths and {cases['empty_predictions']} "
-        f"predictions empty), {summary['slices']} slices ({slices['empty_truths']} truths and "
-        f"{slices['empty_predictions']} predictions empty)",
-        "",
-        f"{'':14}{'mean over slices':24}{'mean over cases':24}pooled",
-    ]
-    for key, label in SHOWN.items():
-        means = (_format_mean(table["metrics"].get(key)) for table in (slices, cases))
-        lines.append(f"{label:14}{''.join(f'{m:24}' for m in means)}{_number(pooled['metrics'].get(key))}")
-    if cases["empty_truths"]:
-        found = summary["false_positives"]["ml"]
-        unit = "ml" if found["n"] else "voxels"
-        found = summary["false_positives"][unit]
-        lines.append(
-            f"false positives in the {found['n']} cases with an empty truth: mean {_number(found['mean'])}, "
-            f"greatest {_number(found['max'])} {'mL' if unit == 'ml' else 'voxels'}"
-        )
-    protocols = [slices["protocol"], cases["protocol"], pooled["protocol"], summary["empty_policy"]]
-    return "\n".join([*lines, "", *protocols, summary["definitions"]])
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _format_mean(values: dict[str, Any] | None) -> str:
-    if values is None:
-        return "-"
-    return f"{_number(values['mean'])} (n {values['n']})"
+    return grid_geometry(affine)
 
 
 @command
@@ -293,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
         folder.check_values()
     summary = summarize_scores(scores)
     settings = {"threshold": args.threshold, "surface_tolerance_mm": args.surface_tolerance}
-    written = write_scores(args.output, scores, summary, settings)
+    output = args.output.with_suffix("") if args.output.suffix in (".csv", ".json") else args.output
+    written = write_scores(output, scores, summary, settings)
     print(format_summary(summary))
     print("written: " + ", ".join(os.fspath(path) for path in written))
 

@@ -177,7 +177,7 @@ class SliceDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, int(key))
         case, position = (int(values[index]) for values in self._index)
         folder = self._folders[case]
-        sample: dict[str, Any] = {}
+        sample: dict[str, Any] = {"name": f"{self.data[case].get('name', case)}_slice_{position:04d}"}
         for name in ("image", "label"):
             stored = np.load(folder / f"{name}.npy", mmap_mode="r")
             sample[name] = MetaTensor(torch.from_numpy(stored[position].astype(np.float32)))

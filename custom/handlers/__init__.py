@@ -4,5 +4,6 @@
 from custom.handlers.checkpoint import TrainingCheckpoint
 from custom.handlers.progress import ProgressBar
 from custom.handlers.report import StudyReport
+from custom.handlers.scores import ScoreReport
 
-__all__ = ["ProgressBar", "StudyReport", "TrainingCheckpoint"]
+__all__ = ["ProgressBar", "ScoreReport", "StudyReport", "TrainingCheckpoint"]

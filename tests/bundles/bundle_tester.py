@@ -89,7 +89,7 @@ def train_evaluate_infer(bundle: Bundle, cohort: Path, work: Path) -> dict:
     evaluation = bundle.workflow("train", ("train", "evaluate"), paths)
     assert evaluation.check_properties() == []
     evaluation.run()
-    assert "val_mean_dice" in (work / "eval" / "metrics.csv").read_text()
+    check_scores(work / "eval", cases=2)
 
     (work / "scans").mkdir()
     source = sorted(cohort.glob("*_ct.nii.gz"))[0]
@@ -108,6 +108,15 @@ def train_evaluate_infer(bundle: Bundle, cohort: Path, work: Path) -> dict:
     inference.run()
     (report,) = (work / "output").rglob("*_report.json")
     return json.loads(report.read_text(encoding="utf-8"))
+
+
+def check_scores(folder: Path, cases: int) -> None:
+    """Every case has a row and the mask that was scored."""
+    content = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    names = [row["name"] for row in content["cases"]]
+    assert content["summary"]["cases"] == len(set(names)) == cases
+    assert len((folder / "scores.csv").read_text(encoding="utf-8").splitlines()) == cases + 1
+    assert {file.name.split(".")[0] for file in (folder / "predictions").iterdir()} == set(names)
 
 
 def check_configs_agree(bundle: Bundle) -> None:

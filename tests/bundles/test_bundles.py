@@ -18,6 +18,7 @@ from bundle_tester import (
     Bundle,
     bundle_command,
     check_configs_agree,
+    check_scores,
     run_bundle,
     train_evaluate_infer,
 )
@@ -171,7 +172,7 @@ def test_training_on_plain_slices(bundle, tmp_path):
     evaluation = bundle.workflow("train", ("train", "train_slices", "evaluate"), overrides)
     assert evaluation.check_properties() == []
     evaluation.run()
-    assert (tmp_path / "eval" / "metrics.csv").is_file()
+    check_scores(tmp_path / "eval", cases=2)
 
 
 def test_it_runs_from_its_folder_and_from_the_root(bundle, cohort, tmp_path, trained):
@@ -183,7 +184,7 @@ def test_it_runs_from_its_folder_and_from_the_root(bundle, cohort, tmp_path, tra
             del paths["bundle_root"]
         done = run_bundle(bundle, ("train", "evaluate"), paths, cwd=place)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / place.name / "metrics.csv").is_file()
+        check_scores(tmp_path / place.name, cases=2)
 
 
 def test_user_errors_end_in_one_line_and_code_2(bundle, cohort, tmp_path):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import os
 import subprocess
 import sys
@@ -40,9 +40,8 @@ def torchrun(bundle: Bundle, names: tuple[str, ...], overrides: dict) -> subproc
     )
 
 
-def scores(folder: Path) -> dict[str, float]:
-    with open(folder / "metrics.csv", encoding="utf-8") as file:
-        return {row[0]: float(row[1]) for row in csv.reader(file)}
+def scores(folder: Path) -> dict:
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
@@ -61,4 +60,8 @@ def test_two_processes_train_one_model_and_score_it_as_one_does(bundle, cohort, 
     two = scores(tmp_path / "eval")
     single = {**paths, "output_dir": str(tmp_path / "single")}
     assert run_bundle(bundle, ("train", "evaluate"), single).returncode == 0
-    assert two == pytest.approx(scores(tmp_path / "single"), abs=1e-6)
+    one = scores(tmp_path / "single")
+    assert [row["name"] for row in two["cases"]] == [row["name"] for row in one["cases"]]
+    for row, same in zip(two["cases"], one["cases"], strict=True):
+        assert row == pytest.approx(same, abs=1e-6)
+    assert two["slice_counts"] == one["slice_counts"]
