@@ -1,5 +1,5 @@
 # Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
-"""The three networks of the bundles and, in ``attention``, the blocks they are made of."""
+"""The three networks of the bundles, what they are compared with, and the blocks they are made of."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from custom.networks.attention import (
     SCSEBlock,
 )
 from custom.networks.base import AttentionNetwork
+from custom.networks.baselines import BaselineNetwork, SegmentationModel
 from custom.networks.dilated_attention_unet import DilatedAttentionUNet, DilatedResidualUnit
 from custom.networks.ncovsegnet import ECAResNet50, NCoVSegNet
 from custom.networks.scoatnet import SCOATNet
+from custom.networks.unetplusplus import UNetPlusPlus
 
 __all__ = [
     "AttentionNetwork",
+    "BaselineNetwork",
     "ChannelSE",
     "DAFBlock",
     "DilatedAttentionUNet",
@@ -29,4 +32,6 @@ __all__ = [
     "SCOATNet",
     "SCOATSpatialAttention",
     "SCSEBlock",
+    "SegmentationModel",
+    "UNetPlusPlus",
 ]

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 
 from custom.networks.attention import ChannelSE, SCOATSpatialAttention
-from custom.networks.base import AttentionNetwork, conv_bn, require_sides
+from custom.networks.base import conv_bn
+from custom.networks.unetplusplus import NestedUNet
 
 __all__ = ["SCOATNet"]
 
@@ -29,17 +30,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.conv2(self.conv1(x)) + self.shortcut(x))
-
-
-class PlainNode(nn.Module):
-    """Node X(0, j) of the full-resolution row: a residual block over the concatenation, as in UNet++."""
-
-    def __init__(self, spatial_dims: int, skips: int, channels: int, lower_channels: int) -> None:
-        super().__init__()
-        self.block = ResidualBlock(spatial_dims, skips * channels + lower_channels, channels)
-
-    def forward(self, skips: list[torch.Tensor], lower: torch.Tensor) -> torch.Tensor:
-        return self.block(torch.cat(skips + [lower], 1))
 
 
 class AttentionNode(nn.Module):
@@ -81,7 +71,7 @@ class AttentionNode(nn.Module):
         return self.act(self.conv2(self.conv1(gated)) + residual)
 
 
-class SCOATNet(AttentionNetwork):
+class SCOATNet(NestedUNet):
     """Spatial- and channel-wise coarse-to-fine attention network for lung opacity segmentation.
 
     Nodes X(i, j) have depth i (0 = full resolution) and column j. Column 0 is the encoder: residual blocks
@@ -133,52 +123,19 @@ class SCOATNet(AttentionNetwork):
         variant: str = "paper",
         deep_supervision: bool = False,
     ) -> None:
-        super().__init__()
-        if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r}: SCOATNet has {', '.join(VARIANTS)}.")
-        levels = len(channels)
-        if levels < 2:
-            raise ValueError(f"SCOATNet needs at least two levels, got channels {tuple(channels)}.")
-        self.deep_supervision = deep_supervision
-        self.side_multiple = 2 ** (levels - 1)
-
-        widths = [in_channels, *channels]
-        self.encoder = nn.ModuleList(
-            ResidualBlock(spatial_dims, widths[i], widths[i + 1]) for i in range(levels)
+        super().__init__(
+            spatial_dims,
+            in_channels,
+            out_channels,
+            channels,
+            deep_supervision,
+            block=partial(ResidualBlock, spatial_dims),
+            inner_node=partial(
+                AttentionNode, spatial_dims, reduction=reduction, released=variant == "released"
+            ),
         )
-        self.pool = Pool[Pool.MAX, spatial_dims](2)
-        mode = "bilinear" if spatial_dims == 2 else "trilinear"
-        self.up = nn.Upsample(scale_factor=2, mode=mode, align_corners=True)
-        self.columns = nn.ModuleList()
-        for j in range(1, levels):
-            column = nn.ModuleDict({f"x0_{j}": PlainNode(spatial_dims, j, channels[0], channels[1])})
-            for i in range(1, levels - j):
-                column[f"x{i}_{j}"] = AttentionNode(
-                    spatial_dims, j, channels[i], channels[i + 1], reduction, variant == "released"
-                )
-            self.columns.append(column)
-
-        conv = Conv[Conv.CONV, spatial_dims]
-        self.head = conv(channels[0], out_channels, kernel_size=3, padding=1)
-        self.auxiliary_heads = nn.ModuleList(
-            conv(channels[0], out_channels, kernel_size=3, padding=1)
-            for _ in range(levels - 2 if deep_supervision else 0)
-        )
-        self._show_existing_maps()
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in")
-            elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
-                nn.init.normal_(module.weight, 1.0, 0.02)
-            else:
-                continue
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def attention_map_modules(self) -> dict[str, nn.Module]:
         """Spatial attention maps of all nodes X(i, j), i >= 1, j >= 1, named ``x{i}_{j}``."""
@@ -187,32 +144,3 @@ class SCOATNet(AttentionNetwork):
             if isinstance(module, AttentionNode):
                 maps[name.split(".")[-1]] = module.spatial.map
         return maps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """
-        Args:
-            x: (B, in_channels, H, W[, D]), every side a multiple of ``2 ** (levels - 1)``.
-
-        Returns:
-            Logits (B, out_channels, H, W[, D]) of the last node, X(0, 4). In training mode with deep
-            supervision a list of such maps, finest first: X(0, 4), X(0, 3), X(0, 2), X(0, 1).
-
-        Raises:
-            ValueError: when a side is no multiple of ``2 ** (levels - 1)``.
-        """
-        require_sides(x, self.side_multiple, "SCOATNet")
-        rows: list[list[torch.Tensor]] = []
-        for level, block in enumerate(self.encoder):
-            x = block(x if level == 0 else self.pool(x))
-            rows.append([x])
-        for column in self.columns:
-            # Going down a column, the last map of row i + 1 is still that of the previous column.
-            for level, node in enumerate(column.values()):  # type: ignore[operator]
-                rows[level].append(node(rows[level], self.up(rows[level + 1][-1])))
-        logits = self.head(rows[0][-1])
-        if not (self.training and self.deep_supervision):
-            return logits
-        outputs = [logits]
-        for index, head in enumerate(self.auxiliary_heads):
-            outputs.append(head(rows[0][-2 - index]))
-        return outputs
