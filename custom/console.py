@@ -50,12 +50,13 @@ class CohortError(ValueError):
     Args:
         failures: name and reason of each study that failed.
         total: number of studies.
+        unit: what they are called.
     """
 
-    def __init__(self, failures: Sequence[Mapping[str, str]], total: int) -> None:
+    def __init__(self, failures: Sequence[Mapping[str, str]], total: int, unit: str = "studies") -> None:
         self.exit_code = 1 if total > 1 else 2
         named = "; ".join(f"{failure['name']}: {failure['reason']}" for failure in failures)
-        super().__init__(f"{len(failures)} of {total} studies failed: {named}" if total > 1 else named)
+        super().__init__(f"{len(failures)} of {total} {unit} failed: {named}" if total > 1 else named)
 
 
 def _chain(error: BaseException) -> Iterable[BaseException]:

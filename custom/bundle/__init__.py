@@ -1,7 +1,9 @@
 # Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
-"""What ties bundles together: weights to start from, and training in stages."""
+"""What ties bundles together: weights to start from, training in stages, cross-validation."""
 
+from custom.bundle.cross_validation import CrossValidation
+from custom.bundle.study import read_study
 from custom.bundle.transfer import TransferPipeline
 from custom.bundle.weights import prepare_network
 
-__all__ = ["TransferPipeline", "prepare_network"]
+__all__ = ["CrossValidation", "TransferPipeline", "prepare_network", "read_study"]

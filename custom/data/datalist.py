@@ -98,7 +98,7 @@ def load_cases(
     dataset_dir: str | os.PathLike,
     section: str = "training",
     fold: int | None = None,
-    exclude_fold: int | None = None,
+    exclude_fold: int | Sequence[int] | None = None,
     label: bool = True,
 ) -> list[dict[str, Any]]:
     """The cases of one section, with absolute paths, in the order of the list.
@@ -108,7 +108,7 @@ def load_cases(
         dataset_dir: folder that the list's paths are relative to.
         section: ``training``, ``validation`` or ``testing``.
         fold: keep this fold only.
-        exclude_fold: leave this fold out; ``None`` keeps all.
+        exclude_fold: leave this fold, or these folds, out; ``None`` keeps all.
         label: whether every case must have a label.
 
     Returns:
@@ -126,15 +126,15 @@ def load_cases(
         )
     entries = content.get(section, [])
     folds = sorted({e["fold"] for e in entries if "fold" in e})
-    for wanted in (fold, exclude_fold):
+    excluded = [exclude_fold] if isinstance(exclude_fold, int) else list(exclude_fold or ())
+    for wanted in (fold, *excluded):
         if wanted is not None and wanted not in folds:
             raise ValueError(
                 f"data list {path} has no fold {wanted} in '{section}'; it has {folds or 'none'}"
             )
     if fold is not None:
         entries = [e for e in entries if e.get("fold") == fold]
-    if exclude_fold is not None:
-        entries = [e for e in entries if e.get("fold") != exclude_fold]
+    entries = [e for e in entries if e.get("fold") not in excluded]
     if not entries:
         raise ValueError(
             f"data list {path}: no case is left in '{section}' (fold {fold}, without {exclude_fold})"

@@ -88,7 +88,7 @@ def _label(mask: np.ndarray) -> tuple[np.ndarray, int]:
     if mask.ndim not in (2, 3):
         raise ValueError(f"a slice (H, W) or a volume (H, W, D) is needed, got the shape {mask.shape}")
     # Not cc3d, which is faster: release 4.1.1 labels some slices of odd size, as 511x511, wrongly.
-    return ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
+    return ndimage.label(mask != 0, structure=np.ones((3,) * mask.ndim))
 
 
 def _center(points: np.ndarray) -> np.ndarray:

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
 from custom.metrics.regions import count_regions
+from custom.metrics.surface import surface_scores
 
 __all__ = [
     "EMPTY_POLICY",
@@ -119,20 +117,15 @@ def score_case(case: ScoredCase, threshold: float = 0.5, surface_tolerance_mm: f
             Ma et al. (Medical Physics 48(3), 2021) use for COVID-19 infections.
 
     Raises:
-        ValueError: when the shapes differ, or the prediction is no mask or probability.
+        ValueError: when the shapes differ, the prediction is no mask or probability, the truth holds NaN, or
+            a number is out of its range, as a spacing of 0.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"the threshold must be above 0 and at most 1, got {threshold}")
+    if not 0 <= surface_tolerance_mm < math.inf:
+        raise ValueError(f"the surface tolerance must be 0 mm or more, got {surface_tolerance_mm}")
+    _check_case(case)
     pred, truth = np.asarray(case.pred), np.asarray(case.truth) != 0
-    if pred.shape != truth.shape or pred.ndim not in (2, 3) or pred.size == 0:
-        raise ValueError(
-            f"{case.name}: prediction {pred.shape} and truth {truth.shape} must have the same (H, W[, D])"
-        )
-    if pred.dtype != bool and not (pred.min() >= 0 and pred.max() <= 1):  # in this form NaN is refused too
-        raise ValueError(
-            f"{case.name}: a prediction is a mask or holds probabilities from 0 to 1, "
-            f"here are values from {pred.min()} to {pred.max()}"
-        )
     if pred.dtype.kind != "f":  # unsigned numbers would wrap around in the absolute error
         pred = pred != 0
     mask = pred if pred.dtype == bool else pred >= threshold
@@ -143,8 +136,8 @@ def score_case(case: ScoredCase, threshold: float = 0.5, surface_tolerance_mm: f
     counts = slices.sum(axis=0)
 
     surface = dict.fromkeys(("hd95_mm", "surface_dice"), math.nan)
-    if case.spacing is not None and truth.any():
-        surface = _surface_scores(mask, truth, case.spacing, surface_tolerance_mm)
+    if case.spacing is not None:
+        surface = surface_scores(mask, truth, case.spacing, surface_tolerance_mm)
     volumes = {
         "predicted": counts[TP] + counts[FP],
         "true": counts[TP] + counts[FN],
@@ -225,6 +218,33 @@ def summarize_scores(scores: Iterable[CaseScores]) -> dict[str, Any]:
     }
 
 
+def _check_case(case: ScoredCase) -> None:
+    """Refuse what has no scores: a NaN that got by would count as a lesion, or reach a file of scores."""
+    pred, truth = np.asarray(case.pred), np.asarray(case.truth)
+    if pred.shape != truth.shape or pred.ndim not in (2, 3) or pred.size == 0:
+        raise ValueError(
+            f"{case.name}: prediction {pred.shape} and truth {truth.shape} must have the same (H, W[, D])"
+        )
+    if pred.dtype != bool and not (pred.min() >= 0 and pred.max() <= 1):  # in this form NaN is refused too
+        raise ValueError(
+            f"{case.name}: a prediction is a mask or holds probabilities from 0 to 1, "
+            f"here are values from {pred.min()} to {pred.max()}"
+        )
+    if truth.dtype.kind == "f" and np.isnan(truth).any():
+        raise ValueError(f"{case.name}: the truth holds NaN; a truth is a mask of zeros and other numbers")
+    if case.voxel_ml is not None and not 0 < case.voxel_ml < math.inf:
+        raise ValueError(f"{case.name}: voxel_ml must be above 0 mL, got {case.voxel_ml}")
+    if case.spacing is not None and (
+        len(case.spacing) != pred.ndim or not all(0 < mm < math.inf for mm in case.spacing)
+    ):
+        raise ValueError(
+            f"{case.name}: spacing must be {pred.ndim} numbers above 0 mm, one for each axis, "
+            f"got {tuple(case.spacing)}"
+        )
+    if pred.ndim == 3 and not -3 <= case.slice_axis < 3:
+        raise ValueError(f"{case.name}: slice_axis must be 0, 1 or 2, got {case.slice_axis}")
+
+
 def _count(pred: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """What there is to count on one slice, in the order of the constants above."""
     tp = np.count_nonzero(mask & truth)
@@ -256,26 +276,6 @@ def _ratios(counts: np.ndarray) -> dict[str, Any]:
             "rlr": found / true,
             "rlr_overlap": touched / true,
             "mae": error / (tp + fp + fn + tn),
-        }
-
-
-def _surface_scores(
-    mask: np.ndarray, truth: np.ndarray, spacing: Sequence[float], tolerance_mm: float
-) -> dict[str, float]:
-    """HD95 (mm) and surface Dice of a prediction and a truth that is not empty."""
-    if not mask.any():
-        return {"hd95_mm": math.nan, "surface_dice": 0.0}
-    # MONAI makes float copies of what it is given: give it no more than the box that holds both.
-    union = mask | truth
-    spans = (np.flatnonzero(union.any(tuple({*range(union.ndim)} - {axis}))) for axis in range(union.ndim))
-    box = tuple(slice(span[0], span[-1] + 1) for span in spans)
-    a, b = (torch.from_numpy(np.ascontiguousarray(m[box]))[None, None] for m in (mask, truth))
-    distances: dict[str, Any] = {"include_background": True, "spacing": [float(mm) for mm in spacing]}
-    with warnings.catch_warnings():  # MONAI warns of its own use of an argument it has deprecated
-        warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
-        return {
-            "hd95_mm": float(compute_hausdorff_distance(a, b, percentile=95, **distances)),
-            "surface_dice": float(compute_surface_dice(a, b, [tolerance_mm], **distances)),
         }
 
 

@@ -86,6 +86,20 @@ def test_overlays_have_all_properties(bundle, cohort, tmp_path):
         assert workflow.check_properties() == [], overlay
 
 
+def test_other_sections_are_scored_whole(bundle, cohort, tmp_path):
+    content = json.loads((cohort / "datalist.json").read_text())
+    content["testing"] = [
+        {key: entry[key] for key in ("image", "label", "patient_id")} for entry in content.pop("training")
+    ]
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    overrides = bundle.training_paths(tmp_path, cohort) | {"section": "testing"}
+    overrides["data_list_file"] = str(tmp_path / "datalist.json")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.pt").touch()
+    workflow = bundle.workflow("train", ("train", "evaluate"), overrides)
+    assert len(workflow.parser.get_parsed_content("validate#dataset")) == 6
+
+
 def test_losses_of_scoatnets_table_1_by_hand(cohort, tmp_path):
     logits = torch.tensor([[[[0.0, 2.0], [-1.0, 0.5]]], [[[1.0, -2.0], [3.0, 0.0]]]])
     target = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]], [[[1.0, 0.0], [1.0, 0.0]]]])

@@ -38,6 +38,9 @@ def test_folds_are_chosen_and_left_out(tmp_path):
     path = make(tmp_path, [entry("a", "p1", 0), entry("b", "p2", 1), entry("c", "p3", 1)])
     assert [c["name"] for c in load_cases(path, tmp_path, fold=1)] == ["b", "c"]
     assert [c["name"] for c in load_cases(path, tmp_path, exclude_fold=1)] == ["a"]
+    assert load_cases(path, tmp_path, exclude_fold=[]) == load_cases(path, tmp_path)
+    with pytest.raises(ValueError, match="no case is left"):
+        load_cases(path, tmp_path, exclude_fold=[0, 1])
     assert len(load_cases(path, tmp_path)) == 3
     assert load_cases(path, tmp_path)[0]["image"] == str((tmp_path / "a.nii.gz").resolve())
 

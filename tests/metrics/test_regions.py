@@ -127,6 +127,15 @@ def test_empty_and_full():
     assert count_regions(np.zeros((4, 5)), np.zeros((4, 5))) == (0, 0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.uint8, np.int64, np.bool_])
+def test_masks_of_any_type_of_number(kind):
+    """scipy labels no float16, the type of half-precision predictions."""
+    mask = np.zeros((5, 6), kind)
+    mask[1:4, 2] = 1
+    assert count_regions(mask, mask) == (1, 1, 1, 1, 1)
+    assert centers_of(mask) == {(2, 2)}
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_counts_are_those_of_the_double_loop(data):

@@ -252,3 +252,35 @@ def test_user_errors():
         score_case(ScoredCase("a", mask, mask), threshold=0)
     with pytest.raises(ValueError, match="no case"):
         summarize_scores([])
+
+
+@pytest.mark.parametrize("truth_is_empty", [False, True])
+@pytest.mark.parametrize(
+    "given_, message",
+    [
+        ({"truth": np.full((4, 4), np.nan)}, "a: the truth holds NaN"),  # it would all be lesion
+        ({"voxel_ml": math.nan}, "a: voxel_ml must be above 0 mL, got nan"),  # it would be NaN in JSON
+        ({"voxel_ml": 0.0}, "a: voxel_ml must be above 0 mL"),
+        (
+            {"spacing": (1.0, 0.0)},
+            r"a: spacing must be 2 numbers above 0 mm, one for each axis, got \(1.0, 0",
+        ),
+        ({"spacing": (1.0, -1.0)}, "a: spacing must be"),
+        ({"spacing": (1.0, math.inf)}, "a: spacing must be"),
+        ({"spacing": (1.0, 1.0, 5.0)}, "a: spacing must be"),
+    ],
+)
+def test_numbers_that_would_spoil_the_scores(given_, message, truth_is_empty):
+    """They are refused whatever the masks hold, not only where a distance is to be measured."""
+    mask = np.full((4, 4), not truth_is_empty)
+    with pytest.raises(ValueError, match=message):
+        score_case(ScoredCase(**{"name": "a", "pred": mask, "truth": mask, **given_}))
+
+
+def test_a_tolerance_and_an_axis_that_cannot_be():
+    mask = np.zeros((4, 4, 2), bool)
+    for tolerance in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="the surface tolerance must be 0 mm or more"):
+            score_case(ScoredCase("a", mask, mask), surface_tolerance_mm=tolerance)
+    with pytest.raises(ValueError, match="a: slice_axis must be 0, 1 or 2, got 3"):
+        score_case(ScoredCase("a", mask, mask, slice_axis=3))
