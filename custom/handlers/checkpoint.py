@@ -31,8 +31,8 @@ class TrainingCheckpoint:
     - ``checkpoint_latest.pt`` and ``checkpoint_previous.pt``: network, optimiser, schedulers, early
       stopping, best metric, epoch and random states. A latest checkpoint that cannot be read is
       reported, and the previous one is used.
-    - ``model.pt``: the network's bare ``state_dict`` at the best validation so far; that of the last
-      epoch where there is no validation.
+    - ``model.pt``: the bare ``state_dict`` of the network, or of ``exported``, at the best validation so
+      far; that of the last epoch where there is no validation.
 
     All files hold tensors and plain values, are loaded with ``weights_only=True`` and replaced
     atomically. (ignite's own resume replays the first batches of an epoch, and MONAI's CheckpointSaver
@@ -48,6 +48,8 @@ class TrainingCheckpoint:
             MONAI's ``EarlyStopHandler``.
         evaluator: engine that validates and holds the best metric.
         resume: whether to go on from a checkpoint in ``ckpt_dir``; else one found there is overwritten.
+        exported: network whose weights go into ``model.pt`` instead, e.g. the moving average that ignite's
+            ``EMAHandler`` keeps; it is saved and restored with the rest.
     """
 
     def __init__(
@@ -57,12 +59,16 @@ class TrainingCheckpoint:
         objects: Mapping[str, Any] | None = None,
         evaluator: Any | None = None,
         resume: bool = True,
+        exported: torch.nn.Module | None = None,
     ) -> None:
         self.folder = Path(ckpt_dir)
         self.network = (
             network.module if isinstance(network, torch.nn.parallel.DistributedDataParallel) else network
         )
+        self.exported = self.network if exported is None else exported
         self.objects = dict(objects or {})
+        if exported is not None:
+            self.objects["exported"] = exported
         self.evaluator = evaluator
         self.resume = resume
 
@@ -100,7 +106,7 @@ class TrainingCheckpoint:
             best_epoch = int(self.evaluator.state.best_metric_epoch)
         # A kill between the two writes repeats this epoch and so writes the same model again.
         if best_epoch in (engine.state.epoch, -1):
-            save_atomically(self.network.state_dict(), self.best)
+            save_atomically(self.exported.state_dict(), self.best)
         content = {
             "epoch": int(engine.state.epoch),
             "iteration": int(engine.state.iteration),

@@ -25,17 +25,19 @@ class AxialSliceInferer(Inferer):
 
     Args:
         batch_size: slices in one forward pass.
+        flip: whether to run every slice mirrored from left to right too, and average the logits.
         progress: whether to show a bar over the slices of a volume.
 
     Raises:
         ValueError: When ``batch_size`` is below 1.
     """
 
-    def __init__(self, batch_size: int = 8, progress: bool = False) -> None:
+    def __init__(self, batch_size: int = 8, flip: bool = False, progress: bool = False) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         self.batch_size = batch_size
+        self.flip = flip
         self.progress = progress
 
     def __call__(
@@ -43,7 +45,8 @@ class AxialSliceInferer(Inferer):
     ) -> torch.Tensor:
         """
         Args:
-            inputs: (B, C, H, W) or (B, C, H, W, D), the last axis being the slices.
+            inputs: (B, C, H, W) or (B, C, H, W, D), the last axis being the slices and W running from
+                right to left or left to right.
             network: maps (N, C, H, W) to (N, K, H, W); further arguments are passed on.
 
         Returns:
@@ -73,6 +76,9 @@ class AxialSliceInferer(Inferer):
                 places = [divmod(i, depth) for i in range(start, min(start + self.batch_size, total))]
                 batch = torch.stack([volumes[b, ..., d] for b, d in places])
                 result = network(batch, *args, **kwargs)
+                if self.flip:
+                    mirrored = network(batch.flip(-1), *args, **kwargs)
+                    result = (result + mirrored.flip(-1)) / 2
                 if output is None:
                     shape = (n_volumes, *result.shape[1:], depth)
                     output = torch.empty(shape, dtype=result.dtype, device=result.device)

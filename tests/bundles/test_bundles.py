@@ -29,7 +29,15 @@ BUNDLES = [
     Bundle(
         "covid_ct_scoatnet_segmentation",
         reduced={"image_size": [32, 32], "network_def::channels": [8, 8, 8, 8, 8], "batch_size": 4},
-        overlays=("loss_mae", "loss_iou", "loss_bce", "loss_dice", "loss_focal", "loss_bce_dice"),
+        overlays=(
+            "loss_mae",
+            "loss_iou",
+            "loss_bce",
+            "loss_dice",
+            "loss_focal",
+            "loss_bce_dice",
+            "recipe_slices",
+        ),
     ),
     Bundle(
         "covid_ct_attention_unet_segmentation",
@@ -40,12 +48,13 @@ BUNDLES = [
             "table1_attention_dice",
             "table1_attention_ftl",
             "random_slice_split",
+            "recipe_slices",
         ),
     ),
     Bundle(
         "covid_ct_ncovsegnet_segmentation",
         reduced={"image_size": [64, 64], "width": 0.02, "batch_size": 4, "scales": [0.5, 1.0]},
-        overlays=tuple(f"table5_{row}" for row in "abcdefgh") + ("three_passes",),
+        overlays=tuple(f"table5_{row}" for row in "abcdefgh") + ("three_passes", "recipe_slices"),
     ),
 ]
 SCOATNET = BUNDLES[0]

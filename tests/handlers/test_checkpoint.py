@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Events
+from ignite.handlers import EMAHandler
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import (
@@ -33,7 +35,9 @@ class Keyed(torch.utils.data.Dataset):
         return {"image": x, "label": x.sum(dim=1, keepdim=True)}
 
 
-def build(folder: Path, epochs: int, patience: int = 50, resume: bool = True) -> SupervisedTrainer:
+def build(
+    folder: Path, epochs: int, patience: int = 50, resume: bool = True, average: bool = False
+) -> SupervisedTrainer:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
@@ -49,12 +53,14 @@ def build(folder: Path, epochs: int, patience: int = 50, resume: bool = True) ->
         metric_cmp_fn=lambda new, old: new < old,
         val_handlers=[early_stop],
     )
+    ema = EMAHandler(network, momentum=0.1) if average else None
     checkpoint = TrainingCheckpoint(
         folder,
         network,
         {"optimizer": optimizer, "lr_scheduler": scheduler, "early_stop": early_stop},
         evaluator,
         resume=resume,
+        exported=None if ema is None else ema.ema_model,
     )
     data = Keyed()
     trainer = SupervisedTrainer(
@@ -66,6 +72,7 @@ def build(folder: Path, epochs: int, patience: int = 50, resume: bool = True) ->
         loss_function=nn.MSELoss(),
         decollate=False,
         train_handlers=[
+            *([] if ema is None else [ema]),
             LrScheduleHandler(scheduler, print_lr=False),
             ValidationHandler(interval=1, validator=evaluator),
             checkpoint,
@@ -113,8 +120,6 @@ def test_a_kill_within_an_epoch_repeats_that_epoch(tmp_path, uninterrupted):
     class Killed(BaseException):
         pass
 
-    from ignite.engine import Events
-
     @trainer.on(Events.ITERATION_COMPLETED(once=8))
     def kill(engine):
         raise Killed
@@ -161,6 +166,29 @@ def test_model_holds_the_best_epoch_as_a_bare_state_dict(tmp_path):
     model = load(tmp_path / "model.pt")
     assert same(model, load(tmp_path / "until_best" / "checkpoint_latest.pt")["network"])
     assert all(isinstance(value, torch.Tensor) for value in model.values())
+
+
+def test_a_moving_average_is_exported_and_resumed(tmp_path):
+    build(tmp_path / "whole", 4, average=True).run()
+    build(tmp_path / "resumed", 2, average=True).run()
+    build(tmp_path / "resumed", 4, average=True).run()
+    whole, resumed = (load(tmp_path / run / "checkpoint_latest.pt") for run in ("whole", "resumed"))
+    assert same(whole, resumed)
+    assert not torch.equal(whole["exported"]["0.weight"], whole["network"]["0.weight"])
+    build(tmp_path / "best", whole["best_metric_epoch"], average=True).run()
+    best = load(tmp_path / "best" / "checkpoint_latest.pt")["exported"]
+    assert same(load(tmp_path / "whole" / "model.pt"), best)
+    # By hand, from the weights after each step: average = 0.9 average + 0.1 weights.
+    trainer = build(tmp_path / "steps", 2, average=True)
+    network = trainer.checkpoint.network
+    expected = network[0].weight.detach().clone()
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def follow(engine):
+        expected.mul_(0.9).add_(network[0].weight.detach(), alpha=0.1)
+
+    trainer.run()
+    assert torch.allclose(load(tmp_path / "steps" / "checkpoint_latest.pt")["exported"]["0.weight"], expected)
 
 
 def test_a_checkpoint_of_another_training_is_refused_and_can_be_overridden(tmp_path):

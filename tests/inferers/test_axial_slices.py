@@ -46,6 +46,16 @@ def test_the_result_is_the_same_for_every_batch_size():
         assert torch.equal(result > 0, results[0] > 0)
 
 
+def test_flipped_slices_are_averaged_in_their_place():
+    ramp = torch.arange(4.0)  # a network that adds the column number, whichever way the slice lies
+
+    volume = torch.rand(1, 1, 3, 4, 2)
+    result = AxialSliceInferer(flip=True)(volume, lambda batch: batch + ramp)
+    assert torch.allclose(result, volume + 1.5)
+    mirrored = AxialSliceInferer(flip=True)(volume.flip(3), lambda batch: batch * ramp)
+    assert torch.allclose(mirrored.flip(3), AxialSliceInferer(flip=True)(volume, lambda b: b * ramp))
+
+
 def test_a_plain_slice_passes_through_and_meta_data_stays():
     image = MetaTensor(torch.rand(2, 1, 8, 8), affine=torch.diag(torch.tensor([2.0, 2.0, 3.0, 1.0])))
     result = AxialSliceInferer()(image, lambda x: x * 2)
