@@ -14,7 +14,7 @@ from custom.data.covid_checks import HU
 from custom.data.covid_volumes import CovidVolume
 from custom.data.datalist import assign_folds, read_datalist, write_datalist
 from custom.data.files import write_json
-from custom.data.lidc_source import LeftOut
+from custom.data.work import LeftOut
 
 __all__ = [
     "CovidSummary",

@@ -28,7 +28,7 @@ from custom.data.covid_lists import (
 )
 from custom.data.covid_slices import SliceOptions, write_stack
 from custom.data.covid_volumes import CovidVolume, VolumeOptions, check_volumes
-from custom.data.lidc_source import LeftOut
+from custom.data.work import LeftOut
 
 __all__ = ["prepare_covid_ct_seg", "prepare_medseg", "prepare_mosmed"]
 

@@ -16,8 +16,8 @@ import numpy as np
 from custom.data.covid_checks import HU, LabelRule, check_same_grid, find_value_kind, sides_agree
 from custom.data.covid_slices import SliceOptions, write_volume_slices
 from custom.data.files import write_json, write_nifti
-from custom.data.lidc_source import LeftOut, work_through
 from custom.data.scans import Scan, read_scan
+from custom.data.work import LeftOut, work_through
 
 __all__ = ["CovidVolume", "VolumeOptions", "check_volumes"]
 

@@ -20,7 +20,7 @@ from custom.data.dicom import Series, Study
 from custom.data.dicom_header import Instance
 from custom.data.dicom_stack import name_slices, stack_slices
 
-__all__ = ["CTVolume", "choose_series", "read_series"]
+__all__ = ["CTVolume", "choose_series", "is_sharp_kernel", "read_series"]
 
 _PROJECTIONS = {"MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE"}
 _SHARP_KERNEL = re.compile(
@@ -138,9 +138,18 @@ def read_series(series: Series) -> CTVolume:
     return CTVolume(hu, affine, replace(series, instances=instances), tuple(notes))
 
 
+def is_sharp_kernel(kernel: str) -> bool:
+    """Whether a reconstruction kernel is one that sharpens edges, by the names that makers give them.
+
+    Args:
+        kernel: Convolution Kernel.
+    """
+    return bool(_SHARP_KERNEL.search(kernel))
+
+
 def _preference(series: Series) -> tuple:
     number = np.inf if series.number is None else series.number
-    sharp = bool(_SHARP_KERNEL.search(series.kernel))
+    sharp = is_sharp_kernel(series.kernel)
     return -len(series.instances), sharp, series.thickness or np.inf, number, series.uid
 
 

@@ -18,7 +18,8 @@ from custom.data.datalist import assign_folds, write_datalist
 from custom.data.dicom_series import CTVolume
 from custom.data.files import write_json, write_nifti
 from custom.data.lidc_consensus import LidcNodule, draw_nodules, find_nodules
-from custom.data.lidc_source import LeftOut, LidcSeries, LidcXml, find_readings, find_series, work_through
+from custom.data.lidc_source import LidcSeries, LidcXml, find_readings, find_series
+from custom.data.work import LeftOut, work_through
 
 __all__ = ["LidcSummary", "prepare_lidc"]
 

@@ -7,13 +7,10 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydicom import dcmread
 from tqdm import tqdm
@@ -22,37 +19,17 @@ from custom.console import bar_interval
 from custom.data.dicom import group_studies, walk_files
 from custom.data.dicom_series import CTVolume, read_series
 from custom.data.lidc import ChestXrayError, LidcReadings, read_annotations
+from custom.data.work import LeftOut, work_through
 
 __all__ = [
-    "LeftOut",
     "LidcSeries",
     "LidcXml",
     "download_lidc",
     "find_readings",
     "find_series",
-    "work_through",
 ]
 
 CHUNK = 256  # files whose headers one task reads
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Something that did not become a case.
-
-    Args:
-        what: a series UID, or an XML file below the folder it was looked for in.
-        kind: a few words that count it together with its like.
-        reason: one line.
-        failed: whether it should have become a case; False where leaving it out is right.
-    """
-
-    what: str
-    kind: str
-    reason: str
-    failed: bool
 
 
 @dataclass(frozen=True)
@@ -206,42 +183,6 @@ def download_lidc(xml_dir: str | os.PathLike, folder: str | os.PathLike) -> int:
     Path(folder).mkdir(parents=True, exist_ok=True)
     IDCClient().download_from_selection(str(folder), seriesInstanceUID=uids, use_s5cmd_sync=True)
     return len(uids)
-
-
-def work_through(
-    function: Callable[[T], R], items: Sequence[T], num_workers: int, desc: str, unit: str
-) -> Iterator[R]:
-    """Apply a function to all items, in processes if asked to, and show how long it will take.
-
-    Args:
-        function: of a module, if in processes.
-        items: what to apply it to.
-        num_workers: processes; 0 and 1 use none besides this one.
-        desc: name of the progress bar.
-        unit: what an item is.
-
-    Yields:
-        The results as they come.
-
-    Raises:
-        OSError: When a process dies.
-    """
-    if num_workers < 2 or len(items) < 2:
-        yield from _bar(map(function, items), len(items), desc, unit)
-        return
-    # Not forked, which threads do not survive: torch and the progress bars have some.
-    with ProcessPoolExecutor(min(num_workers, len(items)), mp_context=get_context("spawn")) as pool:
-        try:
-            futures = [pool.submit(function, item) for item in items]
-            for future in _bar(as_completed(futures), len(items), desc, unit):
-                yield future.result()
-        except BrokenProcessPool:
-            raise OSError(
-                "a worker process died, perhaps for lack of memory; run it again with fewer workers, "
-                "it continues where it stopped"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _read_headers(files: Sequence[str]) -> list[tuple[str, str, str, str]]:

@@ -27,9 +27,9 @@ class ScoreReport:
     slices, pooled values, and the protocol of each) and, in ``predictions/``, the mask of each case: NIfTI
     for volumes, PNG (0 and 255) for plain pictures. ``scripts/score.py`` gives the same scores for these.
 
-    Each item of the output must hold ``label`` and ``pred``, both on the label's own grid; ``pred`` is a mask.
-    Where ``probability`` is there too, from which the mask was made, the mean absolute error is that of the
-    probabilities. In a distributed run the first process writes for all.
+    Each item of the output must hold ``label`` and ``pred``, both on the label's own grid; ``pred`` is a
+    mask. Where ``probability`` is there too, from which the mask was made, the mean absolute error is that of
+    the probabilities. In a distributed run the first process writes for all.
 
     Args:
         output_dir: folder for the files.
@@ -77,8 +77,8 @@ class ScoreReport:
             scored = np.asarray(output["probability"].cpu(), dtype=np.float32)[0]
             if not np.array_equal(scored >= self.settings["threshold"], mask):
                 raise ValueError(
-                    f"{name}: 'pred' is not 'probability' at the threshold {self.settings['threshold']}; where "
-                    "postprocessing goes on after the threshold, do not copy the probability"
+                    f"{name}: 'pred' is not 'probability' at the threshold {self.settings['threshold']}; "
+                    "where postprocessing goes on after the threshold, do not copy the probability"
                 )
         score = score_case(ScoredCase(name, scored, truth, **geometry), **self.settings)
         if affine is not None:

@@ -12,7 +12,7 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_dst_type, convert_to_tensor
 
-from custom.transforms.load import study_info
+from custom.transforms.load import describe_origin
 
 __all__ = ["ValidateHU", "ValidateHUD", "ValidateHUDict", "ValidateHUd"]
 
@@ -90,15 +90,6 @@ class ValidateHU(Transform):
         return "there is no air or lung; it may be windowed, scaled, or no CT"
 
 
-def _origin(image: Any, key: Hashable) -> str:
-    """Name a NIfTI file by its path, a DICOM series by its UID: its files may be named after patients."""
-    try:
-        study = study_info(image)
-    except ValueError:
-        return f"'{key!s}'"
-    return f"series {study['series_uid']}" if study["source"] == "dicom" else study["files"][0]
-
-
 class ValidateHUd(MapTransform):
     """Dictionary-based wrapper of :class:`ValidateHU`.
 
@@ -126,7 +117,7 @@ class ValidateHUd(MapTransform):
             try:
                 d[key] = self.validate(d[key])
             except ValueError as error:
-                raise ValueError(f"{_origin(d[key], key)}: {error}") from None
+                raise ValueError(f"{describe_origin(d[key], key)}: {error}") from None
         return d
 
 

@@ -18,7 +18,15 @@ from monai.utils import MetaKeys, SpaceKeys
 
 from custom.data.scans import Scan, read_scan
 
-__all__ = ["STUDY_KEY", "LoadCTD", "LoadCTDict", "LoadCTd", "format_output_name", "study_info"]
+__all__ = [
+    "STUDY_KEY",
+    "LoadCTD",
+    "LoadCTDict",
+    "LoadCTd",
+    "describe_origin",
+    "format_output_name",
+    "study_info",
+]
 
 STUDY_KEY = "study"
 """Key in a loaded image's meta data under which the scan's origin is kept."""
@@ -39,6 +47,15 @@ def study_info(image: MetaTensor) -> dict[str, Any]:
         ValueError: When the image was not loaded by :class:`LoadCTd`.
     """
     return _decode(image.meta if isinstance(image, MetaTensor) else {})
+
+
+def describe_origin(image: Any, key: Hashable) -> str:
+    """Name a NIfTI file by its path, a DICOM series by its UID: its files may be named after patients."""
+    try:
+        study = study_info(image)
+    except ValueError:
+        return f"'{key!s}'"
+    return f"series {study['series_uid']}" if study["source"] == "dicom" else study["files"][0]
 
 
 def _decode(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from monai.transforms import InvertibleTransform, MapTransform
 from monai.transforms.croppad.array import Crop
 from monai.utils import convert_to_dst_type
 
-from custom.transforms.hounsfield import _origin
+from custom.transforms.load import describe_origin
 from custom.transforms.lung_extraction import extract_lungs
 
 __all__ = [
@@ -77,9 +77,9 @@ class LungMaskd(MapTransform):
             try:
                 mask = extract_lungs(np.asarray(scan.cpu())[0], np.asarray(scan.affine.cpu(), dtype=float))
             except ValueError as error:
-                raise ValueError(f"{_origin(scan, key)}: {error}") from None
+                raise ValueError(f"{describe_origin(scan, key)}: {error}") from None
             if not mask.any():
-                raise NoLungError(f"{_origin(scan, key)}: no lung was found; is it a chest CT?")
+                raise NoLungError(f"{describe_origin(scan, key)}: no lung was found; is it a chest CT?")
             # With the scan's meta data and trace the mask can be saved and inverted as the scan can.
             mask_tensor = torch.from_numpy(np.ascontiguousarray(mask)[None])
             d[self.mask_key] = convert_to_dst_type(mask_tensor, dst=scan, dtype=torch.uint8)[0]

@@ -16,8 +16,8 @@ from pydicom import dcmread
 from custom.data import lidc_prepare
 from custom.data.datalist import load_cases, read_datalist
 from custom.data.lidc_prepare import prepare_lidc
-from custom.data.lidc_source import work_through
 from custom.data.slices import SliceDataset
+from custom.data.work import work_through
 
 
 @pytest.fixture(scope="module")
