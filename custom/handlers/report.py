@@ -17,16 +17,21 @@ import custom
 from custom.console import CohortError
 from custom.data.cohort import CohortLoader
 from custom.data.files import write_json, write_nifti
+from custom.reporting.acquisition import doubt_lungs
+from custom.reporting.dicom_objects import has_highdicom, write_dicom
+from custom.reporting.dicom_source import DicomOutputError, read_source
 from custom.reporting.figures import AttentionView, draw_overview, shown_voxel
-from custom.reporting.quantify import measure_opacity
+from custom.reporting.quantify import CONSOLIDATION_FROM_HU, LUNGS, measure_opacity
+from custom.reporting.report import build_failure, build_report, headline
+from custom.reporting.table import flatten_report, write_table
 from custom.transforms.load import study_info
 
 __all__ = ["StudyReport"]
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = "1.0"
 AFFINE_TOLERANCE_MM = 1e-2
+_NO_HIGHDICOM = "highdicom is not installed: install covid-ct-bundles[dicom], or set dicom_output to false"
 
 
 class StudyReport:
@@ -35,12 +40,16 @@ class StudyReport:
     - ``<name>_opacity.nii.gz``: the mask on the scan's own grid, its affine equal to the scan's;
     - ``<name>_lungs.nii.gz``: the lung mask (1 left, 2 right), where preprocessing made one;
     - ``<name>_overview.png``: three planes with contours, and attention maps where the network has them;
-    - ``<name>_report.json``: volumes in mL, null plus a reason where unknown. It is written last, so
-      where it stands, the study is complete.
+    - ``<name>_seg.dcm`` and ``<name>_sr.dcm``: masks and numbers as DICOM objects, where the scan is DICOM;
+    - ``<name>_report.json``: the numbers, null plus a reason where unknown; see ``docs/report.md``. It is
+      written last, so where it stands, the study is complete.
 
-    The batch must hold ``scan`` (the image as loaded, HU), ``name`` and may hold ``lung``; the output
-    ``pred`` is the mask after inversion of every spatial step and ``image`` what the network saw. A study
-    that could not be prepared gets a report with nulls and the reason, and no mask.
+    ``finish`` adds ``output_dir/cohort.csv`` where there is more than one study.
+
+    The batch must hold ``scan`` (the image as loaded, HU) and ``name`` and may hold ``lung`` and ``lobes``,
+    masks on the scan's grid; the output ``pred`` is the mask after inversion of every spatial step and
+    ``image`` what the network saw. A study that could not be prepared, or whose mask is that of another
+    grid, gets a report with nulls and the reason, and no mask. No log and no file name tells of a patient.
 
     Args:
         output_dir: folder for the studies' folders.
@@ -48,6 +57,12 @@ class StudyReport:
         bundle: name of the bundle, for the report.
         weights: weights file, whose hash goes into the report.
         cohort: the loader of the studies, which knows those that failed.
+        dicom_output: write DICOM objects for scans that are DICOM.
+        deidentify: leave out of DICOM objects and report what identifies patient and study, and give the
+            DICOM objects new UIDs throughout. The name of a study stays what it is.
+
+    Raises:
+        ValueError: When a switch is neither on nor off.
     """
 
     def __init__(
@@ -57,13 +72,20 @@ class StudyReport:
         bundle: str = "",
         weights: str | os.PathLike | None = None,
         cohort: CohortLoader | None = None,
+        dicom_output: bool | str = True,
+        deidentify: bool | str = False,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.network = network
         self.bundle = bundle
         self.weights = None if weights is None else Path(weights)
         self.cohort = cohort
+        self.dicom_output = _switch("dicom_output", dicom_output)
+        self.deidentify = _switch("deidentify", deidentify)
+        self.failures: list[dict[str, str]] = []
+        self._rows: dict[str, dict[str, Any]] = {}
         self._model: dict[str, Any] | None = None
+        self._warned = False
 
     def attach(self, engine: Engine) -> None:
         """
@@ -76,24 +98,24 @@ class StudyReport:
         """
         Args:
             engine: the evaluator after an iteration.
-
-        Raises:
-            ValueError: When a mask is not on its scan's grid.
         """
         for study, output in zip(engine.state.batch, engine.state.output, strict=True):
             self.write(study, output)
 
     def finish(self) -> None:
-        """Report the studies that failed, after all others are done.
+        """Report the studies that failed, after all others are done, and write the table of the cohort.
 
         Raises:
-            CohortError: When there are any.
+            CohortError: When any has failed.
         """
-        failures = [] if self.cohort is None else self.cohort.failures
-        for failure in failures:
+        prepared = [] if self.cohort is None else self.cohort.failures
+        for failure in prepared:
             self._write_failure(failure["name"], failure["reason"])
-        if self.cohort is not None and failures:
-            raise CohortError(failures, self.cohort.total)
+        if len(self._rows) > 1:
+            write_table(self.output_dir / "cohort.csv", list(self._rows.values()))
+        failures = [*prepared, *self.failures]
+        if failures:
+            raise CohortError(failures, len(self._rows))
 
     def write(self, study: dict[str, Any], output: dict[str, Any]) -> None:
         """Write one study's files.
@@ -101,59 +123,104 @@ class StudyReport:
         Args:
             study: item of the decollated batch.
             output: item of the decollated output.
-
-        Raises:
-            ValueError: When the mask is not on the scan's grid.
         """
-        name = study["name"]
-        affine = _same_grid(study["scan"], output["pred"], name)
-        hu = np.asarray(study["scan"].cpu())[0]
+        name, scan = study["name"], study["scan"]
+        if reason := _off_grid(scan, output["pred"], "mask"):
+            reason += "; postprocessing must invert every spatial step of preprocessing"
+            self.failures.append({"name": name, "reason": reason})
+            self._write_failure(name, reason)
+            logger.warning(f"{name}: {reason}")
+            return
+        affine = np.asarray(scan.affine.cpu(), dtype=float)
+        hu = np.asarray(scan.cpu())[0]
         opacity = (np.asarray(output["pred"].cpu())[0] > 0).astype(np.uint8)
-        lungs = np.asarray(study["lung"].cpu())[0].astype(np.uint8) if "lung" in study else None
+        lungs, no_lungs = _given_mask(study, "lung", "lung mask")
+        doubt = doubt_lungs(lungs, hu) if lungs is not None and lungs.any() else no_lungs
+        if doubt:
+            lungs, no_lungs = None, doubt
+        lobes, no_lobes = _given_mask(study, "lobes", "lobe mask")
         folder = self.output_dir / name
+        _clear(folder, name)
 
         masks = {"opacity": opacity, "lungs": lungs}
-        files = {kind: f"{name}_{kind}.nii.gz" for kind, mask in masks.items() if mask is not None}
+        files: dict[str, str | None] = {
+            kind: f"{name}_{kind}.nii.gz" for kind, mask in masks.items() if mask is not None
+        }
         for kind, file in files.items():
-            write_nifti(folder / file, masks[kind], affine)
-        measured = measure_opacity(opacity, affine, lungs)
-        lines = _headline(measured)
-        attention = self._attention(output["image"], shown_voxel(_volume(opacity), _volume(lungs)), affine)
-        picture = f"{name}_overview.png"
-        draw_overview(folder / picture, hu, opacity, affine, name, lines, lungs=lungs, attention=attention)
-        source = study_info(study["scan"]) if "study" in study["scan"].meta else {}
-        write_json(
-            folder / f"{name}_report.json",
-            {
-                **self._head(name),
-                "status": "segmented",
-                "files": {**files, "overview": picture},
-                "series_choice": source.get("series_choice"),
-                "grid": {"shape": list(opacity.shape), "affine": affine.tolist()},
-                **measured,
-            },
+            write_nifti(folder / str(file), masks[kind], affine)
+        measured = measure_opacity(
+            opacity, affine, lungs, hu, lobes, no_lungs_reason=no_lungs, no_lobes_reason=no_lobes
         )
-        logger.info(f"{name}: {', '.join(lines)}; written to {folder}")
+        lines = headline(measured)
+        attention = self._attention(output["image"], shown_voxel(_volume(opacity), _volume(lungs)), affine)
+        files["overview"] = f"{name}_overview.png"
+        draw_overview(
+            folder / files["overview"], hu, opacity, affine, name, lines, lungs=lungs, attention=attention
+        )
+        info = study_info(scan) if "study" in scan.meta else {}
+        dicom, no_dicom = self._write_dicom(name, info, opacity, lungs, hu, affine, measured)
+        missing = {"lungs": no_lungs, "seg": no_dicom, "sr": no_dicom}
+        if dicom is not None:
+            files["sr"] = f"{name}_sr.dcm"
+            files["seg"] = f"{name}_seg.dcm" if dicom["segments"] else None
+        report = build_report(
+            name,
+            self._describe_model(),
+            info,
+            affine,
+            _volume(opacity).shape,
+            _volume(lungs),
+            measured,
+            files,
+            missing,
+            dicom,
+            doubt if "lung" in study else "",
+            self.deidentify,
+        )
+        write_json(folder / f"{name}_report.json", report)
+        self._rows[name] = flatten_report(report)
+        logger.info(f"{name}: {', '.join(lines)}")
 
     def _write_failure(self, name: str, reason: str) -> None:
         folder = self.output_dir / name
-        if folder.is_dir():  # results of an earlier run must not pass for this one's
-            for stale in folder.glob(f"{name}_*"):
-                stale.unlink()
-        nothing = measure_opacity(np.zeros((0, 0, 0), np.uint8), None, None, reason, reason)
-        nothing["opacity_voxels"] = None
-        write_json(
-            folder / f"{name}_report.json",
-            {**self._head(name), "status": "failed", "reason": reason, **nothing},
-        )
+        _clear(folder, name)
+        report = build_failure(name, self._describe_model(), reason, self.deidentify)
+        write_json(folder / f"{name}_report.json", report)
+        self._rows[name] = flatten_report(report)
 
-    def _head(self, name: str) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "study": name,
-            "notice": "Research use only. Not a medical device.",
-            "model": self._describe_model(),
-        }
+    def _write_dicom(
+        self,
+        name: str,
+        info: dict[str, Any],
+        opacity: np.ndarray,
+        lungs: np.ndarray | None,
+        hu: np.ndarray,
+        affine: np.ndarray,
+        measured: dict[str, Any],
+    ) -> tuple[dict[str, Any] | None, str]:
+        """Returns what was written, or None, and why something was not."""
+        if info.get("source") != "dicom":
+            return None, "the scan is not DICOM: there is no series that DICOM objects could refer to"
+        if not self.dicom_output:
+            return None, "switched off: dicom_output is false"
+        if not has_highdicom():
+            if not self._warned:
+                logger.warning(f"no DICOM objects are written: {_NO_HIGHDICOM}")
+                self._warned = True
+            return None, _NO_HIGHDICOM
+        found, dense = opacity > 0, hu >= CONSOLIDATION_FROM_HU
+        masks = {"opacity": found, "ground_glass": found & ~dense, "consolidation": found & dense}
+        if lungs is not None:
+            masks |= {f"{side}_lung": lungs == value for side, value in LUNGS.items()}
+        try:
+            source = read_source(info["files"], self.deidentify)
+            dicom = write_dicom(
+                self.output_dir / name, name, source, masks, affine, measured, self._describe_model()
+            )
+        except DicomOutputError as error:
+            logger.warning(f"{name}: no DICOM objects are written: {error}")
+            return None, str(error)
+        return dicom, "" if dicom["segments"] else "no lung and no opacity: there is nothing to segment"
 
     def _describe_model(self) -> dict[str, Any]:
         if self._model is None:
@@ -189,18 +256,12 @@ class StudyReport:
         )
 
 
-def _headline(measured: dict[str, Any]) -> list[str]:
-    volume, percent = measured["opacity_volume_ml"], measured["opacity_percent_of_lung"]["total"]
-    if volume["total"] is None:
-        return [f"opacity {measured['opacity_voxels']} voxels"]
-    lines = [f"opacity {volume['total']:.1f} mL"]
-    if percent is not None:
-        lines.append(
-            f"{percent:.1f} % of lung (left {volume['left']:.1f} mL, right {volume['right']:.1f} mL)"
-        )
-    if volume["outside_lungs"]:
-        lines.append(f"{volume['outside_lungs']:.1f} mL outside the lung mask")
-    return lines
+def _switch(name: str, value: bool | str) -> bool:
+    """Of the command line, ``false`` comes as a text, and any text would pass for yes."""
+    known = {"true": True, "false": False}
+    if str(value).lower() not in known:
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return known[str(value).lower()]
 
 
 def _volume(mask: Any) -> Any:
@@ -208,17 +269,27 @@ def _volume(mask: Any) -> Any:
     return mask if mask is None or mask.ndim == 3 else mask[..., None]
 
 
-def _same_grid(scan: Any, mask: Any, name: str) -> np.ndarray:
-    """The scan's affine, after checking that the mask has come back to the scan's grid."""
+def _given_mask(study: dict[str, Any], key: str, what: str) -> tuple[np.ndarray | None, str]:
+    """A mask of the batch on the scan's grid, or None and why there is none that can be used."""
+    if key not in study:
+        return None, f"no {what} was given" if key == "lobes" else f"no {what} was made"
+    if reason := _off_grid(study["scan"], study[key], what):
+        return None, reason
+    return np.asarray(study[key].cpu())[0].astype(np.uint8), ""
+
+
+def _off_grid(scan: Any, mask: Any, what: str) -> str:
+    """Why a mask does not lie on the scan's grid, or ""."""
     if scan.shape[1:] != mask.shape[1:]:
-        raise ValueError(
-            f"{name}: the mask has {tuple(mask.shape[1:])} voxels and the scan {tuple(scan.shape[1:])}; "
-            "postprocessing must invert every spatial step of preprocessing"
-        )
-    affine = np.asarray(scan.affine.cpu(), dtype=float)
-    back = np.asarray(mask.affine.cpu(), dtype=float)
-    if not np.allclose(affine, back, atol=AFFINE_TOLERANCE_MM):
-        raise ValueError(
-            f"{name}: mask and scan differ in their affines; postprocessing must invert every spatial step"
-        )
-    return affine
+        shapes = f"{tuple(mask.shape[1:])} voxels and the scan {tuple(scan.shape[1:])}"
+        return f"the {what} is not one of this scan: it has {shapes}"
+    there, here = (np.asarray(image.affine.cpu(), dtype=float) for image in (scan, mask))
+    if not np.allclose(there, here, atol=AFFINE_TOLERANCE_MM):
+        return f"the {what} is not one of this scan: they lie in different places, their affines differ"
+    return ""
+
+
+def _clear(folder: Path, name: str) -> None:
+    """Remove an earlier run's results, which must not pass for this one's; first what says it is complete."""
+    for stale in sorted(folder.glob(f"{name}_*"), key=lambda file: not file.name.endswith("_report.json")):
+        stale.unlink()

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from report_checks import centre, check_dicom, millilitres, read_segment
 from threshold_model import BUNDLE, THRESHOLD_HU, bright_phantom, inference_overrides, lesion, reports
 
 from custom.data import write_dicom_series
@@ -27,11 +28,6 @@ def turned(array: np.ndarray, affine: np.ndarray, codes: tuple[str, ...]) -> tup
     return np.asarray(image.dataobj), image.affine
 
 
-def centroid(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Centre of mass in patient space, RAS mm."""
-    return nib.affines.apply_affine(affine, np.argwhere(mask).mean(axis=0))
-
-
 @pytest.fixture(scope="module")
 def phantom():
     return bright_phantom((lesion((0.55, 0.7, 0.62), (18.0, 23.4, 27.0), "left"),), SHAPE, SPACING)
@@ -44,14 +40,31 @@ def check(folder: Path, name: str, affine: np.ndarray, shape: tuple, phantom) ->
     assert mask.shape == tuple(shape)
     assert np.allclose(mask.affine, affine, atol=1e-4)
     found = mask.get_fdata() > 0
-    error = centroid(found, mask.affine) - centroid(phantom.label > 0, phantom.affine)
+    error = centre(found, mask.affine) - centre(phantom.label > 0, phantom.affine)
     assert np.all(np.abs(error) < np.array(SPACING) / 2), f"{name}: centroid off by {error} mm"
     volume = report["opacity_volume_ml"]
     expected = truth.sum() * np.prod(SPACING) / 1000
     assert volume["total"] == pytest.approx(expected, rel=0.01), name
     assert volume["left"] == pytest.approx(volume["total"], rel=0.01), "the lesion lies in the left lung"
-    zones = report["opacity_volume_ml_by_zone"]["left"]
+    zones = {zone: found["opacity_volume_ml"] for zone, found in report["zones"]["left"].items()}
     assert zones["upper"] > 0 and zones["lower"] == 0, "the lesion lies above the lower zone"
+    assert zones["dorsal"] > zones["ventral"], "and behind the middle"
+    assert report["regions"]["truncated_count"] == 0
+
+
+def check_segmentation(folder: Path, report: dict, phantom) -> None:
+    """The Segmentation, as highdicom reads it, has the lesion where it is and both lungs on their sides."""
+    file = folder / "output" / report["study"] / report["files"]["seg"]
+    mask, affine = read_segment(file, "Opacity")
+    error = centre(mask, affine) - centre(phantom.label > 0, phantom.affine)
+    assert np.all(np.abs(error) < np.array(SPACING) / 2), f"centroid off by {error} mm"
+    expected = (phantom.image > THRESHOLD_HU).sum() * np.prod(SPACING) / 1000
+    assert millilitres(mask, affine) == pytest.approx(expected, rel=0.01)
+    for side, value in (("left", 1), ("right", 2)):
+        mask, affine = read_segment(file, f"{side.capitalize()} lung")
+        assert millilitres(mask, affine) == pytest.approx(report["lung_volume_ml"][side], rel=0.001)
+        offset = centre(mask, affine) - centre(phantom.lungs == value, phantom.affine)
+        assert np.abs(offset).max() < 15, f"the {side} lung is off by {offset} mm"
 
 
 def run(folder: Path, scans: Path) -> None:
@@ -83,7 +96,7 @@ def test_oblique_nifti(phantom, tmp_path):
     run(tmp_path, tmp_path / "scans")
     mask = nib.load(next((tmp_path / "output").rglob("*_opacity.nii.gz")))
     assert np.allclose(mask.affine, affine, atol=1e-4)
-    error = centroid(mask.get_fdata() > 0, affine) - centroid(phantom.label > 0, affine)
+    error = centre(mask.get_fdata() > 0, affine) - centre(phantom.label > 0, affine)
     assert np.all(np.abs(error) < np.array(SPACING) / 2)
 
 
@@ -104,6 +117,9 @@ def test_dicom_in_the_24_proper_orientations_in_any_file_order(phantom, tmp_path
         ((study, report),) = reports(tmp_path / name).items()
         mask = nib.load(tmp_path / name / "output" / study / report["files"]["opacity"])
         check(tmp_path / name, study, mask.affine, mask.shape, phantom)
+        check_segmentation(tmp_path / name, report, phantom)
+    for kind in ("seg", "sr"):
+        check_dicom(tmp_path / name / "output" / study / report["files"][kind])
 
 
 def test_one_slice_with_non_square_pixels(tmp_path):
@@ -115,6 +131,10 @@ def test_one_slice_with_non_square_pixels(tmp_path):
     ((name, report),) = reports(tmp_path).items()
     mask = nib.load(tmp_path / "output" / name / report["files"]["opacity"])
     truth = one.image > THRESHOLD_HU
-    error = centroid(mask.get_fdata() > 0, mask.affine) - centroid(truth, one.affine)
-    assert np.all(np.abs(error)[:2] < np.array([3.6, 4.4]) / 2) and abs(error[2]) < 2.5
+    for found, affine in (
+        (mask.get_fdata() > 0, mask.affine),
+        read_segment(tmp_path / "output" / name / report["files"]["seg"], "Opacity"),
+    ):
+        error = centre(found, affine) - centre(truth, one.affine)
+        assert np.all(np.abs(error)[:2] < np.array([3.6, 4.4]) / 2) and abs(error[2]) < 2.5
     assert report["opacity_voxels"] == pytest.approx(truth.sum(), rel=0.02)

@@ -1,0 +1,180 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+"""Results as DICOM objects: a Segmentation of lungs and opacity, and a Structured Report of the numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydicom.sr.codedict import codes
+from pydicom.uid import generate_uid
+
+from custom.data.files import atomic_path
+from custom.reporting.dicom_common import LABELS, algorithm, claim, equipment, finding_code, series_number
+from custom.reporting.dicom_report import make_report
+from custom.reporting.dicom_source import DicomOutputError, SourceSeries
+
+if TYPE_CHECKING:
+    from highdicom.seg import Segmentation, SegmentDescription
+
+__all__ = ["SEGMENTS", "has_highdicom", "make_segmentation", "write_dicom"]
+
+SEGMENTS = tuple(LABELS)
+"""Segments of the Segmentation, in their order; one without a voxel is left out."""
+
+_COLOURS = {  # as in the overview picture, ground-glass and consolidation as shades of opacity's red
+    "left_lung": (52, 199, 255),
+    "right_lung": (52, 199, 255),
+    "opacity": (255, 59, 48),
+    "ground_glass": (255, 149, 0),
+    "consolidation": (175, 20, 60),
+}
+
+
+def has_highdicom() -> bool:
+    """Whether the library that DICOM objects are made with is installed."""
+    return importlib.util.find_spec("highdicom") is not None
+
+
+def write_dicom(
+    folder: str | os.PathLike,
+    name: str,
+    source: SourceSeries,
+    masks: Mapping[str, np.ndarray],
+    affine: np.ndarray,
+    measured: Mapping[str, Any],
+    model: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write ``<name>_seg.dcm``, where any mask has a voxel, and ``<name>_sr.dcm``.
+
+    Args:
+        folder: where to write.
+        name: start of the file names.
+        source: the series that the masks belong to.
+        masks: see :func:`make_segmentation`.
+        affine: 4x4 from the masks' indices to mm in RAS+.
+        measured: see :func:`make_report`.
+        model: ``bundle``, ``software_version`` and ``weights_sha256``.
+
+    Returns:
+        ``segments``, the names of those that were written, ``seg_sop_instance_uid``, None where there is no
+        Segmentation, and ``sr_sop_instance_uid``.
+
+    Raises:
+        DicomOutputError: When the objects cannot be made from what the source's headers hold.
+        OSError: When a file cannot be written.
+    """
+    with _silence():
+        try:
+            segmentation = make_segmentation(source, masks, affine, model)
+            report = make_report(source, segmentation, measured, model)
+            for kind, dataset in (("seg", segmentation), ("sr", report)):
+                if dataset is not None:
+                    with atomic_path(Path(folder) / f"{name}_{kind}.dcm") as temporary:
+                        dataset.save_as(temporary, enforce_file_format=True)
+        except (DicomOutputError, OSError):
+            raise
+        except Exception as error:  # texts of pydicom and highdicom quote values of the headers
+            raise DicomOutputError(
+                f"the headers of the source series do not make DICOM objects ({type(error).__name__})"
+            ) from error
+    described = [] if segmentation is None else [item.SegmentLabel for item in segmentation.SegmentSequence]
+    return {
+        "segments": [name for name in SEGMENTS if LABELS[name] in described],
+        "seg_sop_instance_uid": None if segmentation is None else str(segmentation.SOPInstanceUID),
+        "sr_sop_instance_uid": str(report.SOPInstanceUID),
+    }
+
+
+def make_segmentation(
+    source: SourceSeries, masks: Mapping[str, np.ndarray], affine: np.ndarray, model: Mapping[str, Any]
+) -> Segmentation | None:
+    """Make a BINARY Segmentation that refers to the slices of its source; empty frames are left out.
+
+    Args:
+        source: the series that the masks belong to.
+        masks: by names of :data:`SEGMENTS`, (I, J, K) in any axis order, nonzero is the segment.
+        affine: 4x4 from the masks' indices to mm in RAS+.
+        model: ``bundle``, ``software_version`` and ``weights_sha256``.
+
+    Returns:
+        The Segmentation, None where all masks are empty.
+
+    Raises:
+        DicomOutputError: When a mask does not lie on the grid of the series.
+    """
+    from highdicom.seg import Segmentation, SegmentationTypeValues
+
+    names = [name for name in SEGMENTS if name in masks and masks[name].any()]
+    if not names:
+        return None
+    columns, rows, slices = source.shape
+    pixels = np.zeros((slices, rows, columns, len(names)), np.uint8)
+    for number, name in enumerate(names):
+        pixels[..., number] = source.to_frames(masks[name] != 0, affine)
+    segmentation = Segmentation(
+        source_images=source.headers,
+        pixel_array=pixels,
+        segmentation_type=SegmentationTypeValues.BINARY,
+        segment_descriptions=[_describe(number, name, model) for number, name in enumerate(names, start=1)],
+        series_instance_uid=generate_uid(prefix=None),
+        series_number=series_number(source, 1),
+        sop_instance_uid=generate_uid(prefix=None),
+        instance_number=1,
+        **equipment(model),
+        content_label="LUNG_OPACITY",
+        content_description="Lungs and opacity",
+        series_description="Lungs and opacity, research use only",
+    )
+    return claim(segmentation, source)
+
+
+def _describe(number: int, name: str, model: Mapping[str, Any]) -> SegmentDescription:
+    from highdicom import AlgorithmIdentificationSequence
+    from highdicom.color import CIELabColor
+    from highdicom.seg import SegmentAlgorithmTypeValues, SegmentDescription
+    from highdicom.sr import CodedConcept
+
+    side = {"left_lung": codes.SCT.Left, "right_lung": codes.SCT.Right}.get(name)
+    category = codes.SCT.MorphologicallyAbnormalStructure if side is None else codes.SCT.AnatomicalStructure
+    description = SegmentDescription(
+        segment_number=number,
+        segment_label=LABELS[name],
+        segmented_property_category=category,
+        segmented_property_type=finding_code(name) if side is None else codes.SCT.Lung,
+        algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=AlgorithmIdentificationSequence(
+            **algorithm(model), family=codes.DCM.ArtificialIntelligence
+        ),
+        tracking_uid=generate_uid(prefix=None),
+        tracking_id=LABELS[name],
+        anatomic_regions=[codes.SCT.Lung] if side is None else None,
+        display_color=CIELabColor.from_rgb(*_COLOURS[name]),
+    )
+    if side is not None:
+        property_type = description.SegmentedPropertyTypeCodeSequence[0]
+        property_type.SegmentedPropertyTypeModifierCodeSequence = [CodedConcept.from_code(side)]
+    return description
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep to themselves what pydicom and highdicom remark on the headers, for they quote them."""
+    loggers = [logging.getLogger(name) for name in ("highdicom", "pydicom")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
