@@ -133,9 +133,7 @@ def test_losses_of_scoatnets_table_1_by_hand(cohort, tmp_path):
 def test_metadata_network_and_onnx(bundle, tmp_path, trained):
     work, _ = trained
     metadata = bundle.folder / "configs" / "metadata.json"
-    schema = (
-        Path(__file__).parent / "meta_schema_20240725.json"
-    )  # MONAI's, Apache-2.0, so that no network is needed
+    schema = ROOT / "scripts" / "meta_schema_20240725.json"  # MONAI's, Apache-2.0: no network is needed
     assert schema.is_file()
     verify_metadata(meta_file=str(metadata), filepath=str(schema))
     small = json.loads(metadata.read_text())
@@ -196,6 +194,16 @@ def test_training_on_plain_slices(bundle, tmp_path):
     assert evaluation.check_properties() == []
     evaluation.run()
     check_scores(tmp_path / "eval", cases=2)
+
+
+def test_the_papers_split_by_slice_is_scored_by_slice(cohort, tmp_path):
+    bundle = BUNDLES[1]
+    overrides = {**bundle.training_paths(tmp_path, cohort), "epochs": 1, "select_slices": "all"}
+    workflow = bundle.workflow("train", ("train", "random_slice_split"), overrides)
+    workflow.run()
+    evaluation = bundle.workflow("train", ("train", "evaluate", "random_slice_split"), overrides)
+    evaluation.run()
+    check_scores(tmp_path / "eval", cases=7)  # a fifth of 6 volumes of 6 slices
 
 
 def test_it_runs_from_its_folder_and_from_the_root(bundle, cohort, tmp_path, trained):
