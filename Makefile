@@ -1,5 +1,6 @@
 # make demo   set up, train a small model on synthetic chest CTs, segment one, say where the pictures are
 # make test   set up and run the tests
+# make test-deploy   set up and test against real servers: MONAI Label, Orthanc, OHIF in a browser
 # make lint   style, types and JSON formatting
 SHELL := /bin/bash
 # The first interpreter that runs and has a version we support.
@@ -8,8 +9,9 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.10 python3; 
 VENV := .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
+DEPLOY_TESTS ?= tests/deploy
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-deploy lint clean
 
 # One stamp per set of requirements; it is remade only when they change.
 $(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: setup.cfg constraints.txt pyproject.toml
@@ -19,11 +21,20 @@ $(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: setup.cfg 
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@
 
+$(VENV)/.installed-deploy: tests/deploy/requirements.txt $(VENV)/.installed-test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	@touch $@
+
 demo: $(VENV)/.installed-test
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
+
+test-deploy: $(VENV)/.installed-deploy
+	@[ "$(DEPLOY_TESTS)" != tests/deploy ] || bash tests/deploy/install_debian.sh
+	@$(BIN)/python scripts/serve_label.py --prepare
+	@TEST_DEPLOY=1 $(BIN)/python -m pytest -vv --durations=5 $(DEPLOY_TESTS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
