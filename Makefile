@@ -1,6 +1,7 @@
 # make demo   set up, train a small model on synthetic chest CTs, segment one, say where the pictures are
 # make test   set up and run the tests
-# make test-deploy   set up and test against real servers: MONAI Label, Orthanc, OHIF in a browser
+# make test-reliability   kill, starve and feed rubbish to every entry point, and say what was lost
+# make test-deploy   set up and test against real servers: MONAI Label, Orthanc, OHIF in a browser, MONAI Deploy
 # make lint   style, types and JSON formatting
 SHELL := /bin/bash
 # The first interpreter that runs and has a version we support.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 TESTS ?= tests
 DEPLOY_TESTS ?= tests/deploy
 
-.PHONY: demo test test-deploy lint clean
+.PHONY: demo test test-reliability test-deploy lint clean
 
 # One stamp per set of requirements; it is remade only when they change.
 $(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: setup.cfg constraints.txt pyproject.toml
@@ -30,6 +31,9 @@ demo: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
+
+test-reliability: $(VENV)/.installed-test
+	@$(BIN)/python tests/reliability/run.py
 
 test-deploy: $(VENV)/.installed-deploy
 	@[ "$(DEPLOY_TESTS)" != tests/deploy ] || bash tests/deploy/install_debian.sh

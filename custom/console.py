@@ -23,6 +23,7 @@ __all__ = [
     "check_overrides",
     "command",
     "describe_error",
+    "list_failures",
     "require_file",
     "start",
 ]
@@ -31,6 +32,7 @@ DEBUG_VARIABLE = "COVID_CT_DEBUG"
 """Set this environment variable to 1 to see full tracebacks."""
 
 USER_ERRORS = (ValueError, TypeError, OSError)
+LISTED = 50  # failures that one line spells out
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 # torch's data loader pastes a worker's traceback into the message; the exceptions in it start a line.
@@ -45,7 +47,7 @@ def bar_interval() -> float:
 
 
 class CohortError(ValueError):
-    """Some studies of a cohort failed: exit code 1, or 2 when there was but one study.
+    """Studies of a cohort failed: exit code 1 when some did, 2 when all did.
 
     Args:
         failures: name and reason of each study that failed.
@@ -54,9 +56,20 @@ class CohortError(ValueError):
     """
 
     def __init__(self, failures: Sequence[Mapping[str, str]], total: int, unit: str = "studies") -> None:
-        self.exit_code = 1 if total > 1 else 2
-        named = "; ".join(f"{failure['name']}: {failure['reason']}" for failure in failures)
+        self.exit_code = 1 if len(failures) < total else 2
+        named = list_failures(failures)
         super().__init__(f"{len(failures)} of {total} {unit} failed: {named}" if total > 1 else named)
+
+
+def list_failures(failures: Sequence[Mapping[str, str]]) -> str:
+    """The names and reasons of what failed in one line, of the first few where they are many.
+
+    Args:
+        failures: name and reason of each.
+    """
+    named = [f"{failure['name']}: {failure['reason']}" for failure in failures[:LISTED]]
+    more = [f"and {len(failures) - LISTED} more"] if len(failures) > LISTED else []
+    return "; ".join(named + more)
 
 
 def _chain(error: BaseException) -> Iterable[BaseException]:
@@ -90,7 +103,8 @@ def describe_error(error: BaseException) -> str | None:
 def _report(error: BaseException) -> int | None:
     """Print the line for an error; returns the exit code, or None where a traceback is due."""
     if isinstance(error, KeyboardInterrupt):
-        print("\ninterrupted; the same command continues where it left off", file=sys.stderr)
+        # Whatever is there is whole: every file is renamed into its place.
+        print("\ninterrupted; the same command continues from what is finished", file=sys.stderr)
         return INTERRUPTED
     line = None if os.environ.get(DEBUG_VARIABLE) == "1" else describe_error(error)
     if line is None:

@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     summary = json.loads((folder / "scores" / "scores.json").read_text(encoding="utf-8"))["summary"]
-    dice, sensitivity, ppv = (
-        summary["per_case"]["metrics"][metric]["mean"] for metric in ("dice", "sensitivity", "ppv")
+    dice, sensitivity, ppv = (  # PPV is unknown where nothing was found
+        summary["per_case"]["metrics"][metric]["mean"] or 0.0 for metric in ("dice", "sensitivity", "ppv")
     )
     (report_file,) = (folder / "results").rglob("*_report.json")
     report = json.loads(report_file.read_text(encoding="utf-8"))

@@ -12,12 +12,14 @@ from custom.console import command
 from custom.data.files import atomic_path
 
 
-def formatted(path: Path) -> str:
+def read(path: Path) -> tuple[str, str]:
+    """What a file holds, and what it should hold."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
-    return json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+    return text, json.dumps(content, indent=4, ensure_ascii=False) + "\n"
 
 
 @command
@@ -26,13 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file differs")
     options = parser.parse_args(argv)
-    different = [path for path in options.files if path.read_text(encoding="utf-8") != formatted(path)]
-    for path in different:
+    texts = {path: read(path) for path in options.files}
+    different = {path: formatted for path, (text, formatted) in texts.items() if text != formatted}
+    for path, formatted in different.items():
         if options.check:
             print(f"{path} is not formatted; run: python scripts/format_json.py {path}", file=sys.stderr)
         else:
             with atomic_path(path) as temporary:
-                temporary.write_text(formatted(path), encoding="utf-8")
+                temporary.write_text(formatted, encoding="utf-8")
     return 1 if options.check and different else 0
 
 

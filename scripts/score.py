@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from custom.console import bar_interval, command
+from custom.console import CohortError, bar_interval, command, describe_error
 from custom.data.scans import is_nifti, read_scan
 from custom.metrics import ScoredCase, score_cases, summarize_scores
 from custom.reporting.scores import format_summary, grid_geometry, write_scores
@@ -54,7 +54,7 @@ class MaskFolder:
             stem = _stem(path)
             if stem is None or any(part.startswith(".") for part in path.relative_to(folder).parts):
                 continue
-            if not stem.endswith(suffix) or not path.is_file():
+            if not stem.endswith(suffix) or not (path.is_file() or path.is_symlink()):
                 continue
             name = stem[: len(stem) - len(suffix)]
             if name in self.files:
@@ -139,19 +139,34 @@ def pair_names(predictions: MaskFolder, truths: MaskFolder) -> list[str]:
     return sorted(truths.files)
 
 
-def read_cases(predictions: MaskFolder, truths: MaskFolder, names: Iterable[str]) -> Iterator[ScoredCase]:
+def read_cases(
+    predictions: MaskFolder, truths: MaskFolder, names: Iterable[str], failures: list[dict[str, str]]
+) -> Iterator[ScoredCase]:
     """Read one pair after the other.
 
-    Raises:
-        ValueError: When a pair differs in size or place, or holds values that are neither mask nor map.
+    Args:
+        predictions: what is scored.
+        truths: against what.
+        names: of the pairs.
+        failures: gets name and reason of each pair that cannot be read, differs in size or place, or holds
+            values that are neither mask nor map.
     """
     for name in names:
-        soft, place = predictions.read(name)
-        truth, affine = truths.read(name)
-        files = f"{predictions.files[name]} and {truths.files[name]}"
-        if soft.shape != truth.shape:
-            raise ValueError(f"{files} differ in size: {soft.shape} and {truth.shape} pixels")
-        yield ScoredCase(name, soft, truth >= 0.5, **_geometry(place, affine, soft.shape, files))
+        try:
+            case = _read_pair(predictions, truths, name)
+        except (OSError, ValueError) as error:
+            failures.append({"name": name, "reason": describe_error(error) or str(error)})
+            continue
+        yield case
+
+
+def _read_pair(predictions: MaskFolder, truths: MaskFolder, name: str) -> ScoredCase:
+    soft, place = predictions.read(name)
+    truth, affine = truths.read(name)
+    files = f"{predictions.files[name]} and {truths.files[name]}"
+    if soft.shape != truth.shape:
+        raise ValueError(f"{files} differ in size: {soft.shape} and {truth.shape} pixels")
+    return ScoredCase(name, soft, truth >= 0.5, **_geometry(place, affine, soft.shape, files))
 
 
 def _geometry(
@@ -204,16 +219,21 @@ def main(argv: list[str] | None = None) -> None:
     truths = MaskFolder(args.truths, "truth", args.truth_suffix, args.truth_max)
     names = pair_names(predictions, truths)
     bar = tqdm(names, desc="scoring", unit="case", dynamic_ncols=True, mininterval=bar_interval())
-    cases = read_cases(predictions, truths, bar)
+    failures: list[dict[str, str]] = []
+    cases = read_cases(predictions, truths, bar, failures)
     scores = list(score_cases(cases, args.threshold, args.surface_tolerance))
     for folder in (predictions, truths):
         folder.check_values()
+    if not scores:
+        raise CohortError(failures, len(names), "cases")
     summary = summarize_scores(scores)
     settings = {"threshold": args.threshold, "surface_tolerance_mm": args.surface_tolerance}
     output = args.output.with_suffix("") if args.output.suffix in (".csv", ".json") else args.output
-    written = write_scores(output, scores, summary, settings)
+    written = write_scores(output, scores, summary, settings, failures)
     print(format_summary(summary))
     print("written: " + ", ".join(os.fspath(path) for path in written))
+    if failures:
+        raise CohortError(failures, len(names), "cases")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def read_study(path: str | os.PathLike, bundles: str | os.PathLike, settings: Se
         raise FileNotFoundError(f"study {path} not found")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers and nesting without end included
         raise ValueError(f"study {path} is not valid JSON: {error}") from None
     _check_keys(path, "the study", content, _KEYS, ("title", "reference", "systems"))
     entries = {kind: content.get(kind, {}) for kind in ("stages", "systems")}

@@ -119,6 +119,9 @@ def _check(job: _Job) -> dict[str, Any] | LeftOut:
     record = job.output / "cases" / f"{job.volume.name}.json"
     try:
         key = job.key
+    except OSError as error:
+        return LeftOut(job.volume.name, "failed", f"{error.strerror}: {error.filename}", True)
+    try:
         if (finished := _finished(record, job.output, key)) is not None:
             return finished
         record.unlink(missing_ok=True)

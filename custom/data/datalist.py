@@ -63,7 +63,7 @@ def read_datalist(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"data list {path} not found; make one with the scripts/prepare commands")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers and nesting without end included
         raise ValueError(f"data list {path} is not valid JSON: {error}") from None
     if not isinstance(content, Mapping) or not any(isinstance(content.get(s), list) for s in SECTIONS):
         raise ValueError(f"data list {path} has none of the sections {', '.join(SECTIONS)}")

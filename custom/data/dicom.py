@@ -133,8 +133,10 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
     for path, folders, files in os.walk(os.fspath(folder)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith("."):
-                yield os.path.join(path, name)
+            file = os.path.join(path, name)
+            # Reading a pipe or a device may never end. A link to nothing is a file that was lost.
+            if not name.startswith(".") and (os.path.isfile(file) or os.path.islink(file)):
+                yield file
 
 
 def find_studies(folder: str | os.PathLike[str]) -> list[Study]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,8 @@ def read_header(file: str) -> Dataset | str:
     except InvalidDicomError:
         return "foreign"
     except FileNotFoundError:
+        if os.path.islink(file):  # to nothing
+            return "broken"
         raise FileNotFoundError(f"no such file: {file}") from None
     except Exception:  # pydicom raises whatever a broken header leads it into
         return "broken"

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +16,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-__all__ = ["atomic_path", "write_json", "write_nifti"]
+__all__ = ["atomic_folder", "atomic_path", "write_json", "write_nifti"]
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, keep: str | os.PathLike | None = None) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to; it takes its place when the block ends well.
 
     The data is synced before the rename, so a crash or a full disk leaves the old file or the new one,
@@ -26,28 +28,107 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         path: the file to appear; its folder is created.
+        keep: where the file goes that is replaced, once the new one is safe on the disk.
 
     Raises:
-        OSError: When the folder cannot be written to.
+        OSError: In one line with the path, when it cannot be written, or not as a whole.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     suffix = "".join(path.suffixes[-2:])
     handle, name = tempfile.mkstemp(prefix=".partial-", suffix=suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        with _writing(path):
+            yield temporary
+            _sync(temporary)
         # mkstemp makes files that only their owner may read; give what open() would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(0o666 & ~_umask())
+        if keep is not None and path.is_file():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` to fill; it takes its place when the block ends well.
+
+    Args:
+        path: the folder to appear; one that is there is replaced.
+
+    Raises:
+        OSError: In one line with the path, when it cannot be written, or not as a whole.
+    """
+    path = Path(path)
+    _make_folder(path.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
+    try:
+        with _writing(path):
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+        _sync_folder(temporary)
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            # Out of the way first: removing takes longer than renaming, and whoever reads finds one of them.
+            path.rename(temporary / "replaced")
+        temporary.rename(path)
+        shutil.rmtree(path / "replaced", ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        # "File exists" says little to somebody who asked for a folder.
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says what could not be written; the libraries that write say no more than that something failed."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save makes a RuntimeError of its file writer out of a full disk.
+        found = error if isinstance(error, OSError) else error.__context__
+        if isinstance(found, OSError) and found.errno is not None:
+            raise OSError(found.errno, os.strerror(found.errno), str(path)) from None
+        if isinstance(found, OSError) or "inline_container" in str(error):
+            raise OSError(f"{path} cannot be written as a whole ({error}); is the disk full?") from None
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    # The rename itself is in the folder. Some network file systems do not sync folders; the files are whole
+    # there all the same.
+    try:
+        _sync(path)
+    except OSError:
+        pass
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from skimage.transform import resize
 from tqdm import tqdm
 
-from custom.console import bar_interval
+from custom.console import CohortError, bar_interval
 from custom.data.datalist import assign_folds, write_datalist
 from custom.data.files import atomic_path
 
@@ -69,6 +69,13 @@ def _read(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
 
 
+def _read_pair(image_file: Path, mask_file: Path) -> tuple[np.ndarray, np.ndarray]:
+    image, mask = _read(image_file), _read(mask_file)
+    if image.shape != mask.shape:
+        raise ValueError(f"{image_file} has {image.shape} pixels and its mask {mask.shape}; they must agree")
+    return image, mask
+
+
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} not found")
@@ -99,25 +106,26 @@ def _split_digits(name: str) -> list[str]:
     return ["", *parts, current] if not name[:1].isdigit() else [*parts, current]
 
 
-def group_similar(pictures: Sequence[np.ndarray], threshold: float = SAME_PATIENT_CORRELATION) -> list[int]:
+def group_similar(pictures: Iterable[np.ndarray], threshold: float = SAME_PATIENT_CORRELATION) -> list[int]:
     """Group slices that look like the same patient's, so that they can be kept in one fold.
 
     Slices are compared at 32x32 by the correlation of their grey values; groups are the connected
     components of "correlates at least as much as ``threshold``".
 
     Args:
-        pictures: slices (H, W).
+        pictures: slices (H, W), of which only one at a time is held.
         threshold: correlation from which two slices count as one patient's.
 
     Returns:
         For each slice the position of the first of its group.
     """
-    small = np.stack([resize(p.astype(float), (32, 32), anti_aliasing=True).ravel() for p in pictures])
+    thumbnails = [resize(p.astype(float), (32, 32), anti_aliasing=True).ravel() for p in pictures]
+    small = np.asarray(thumbnails).reshape(-1, 32 * 32)
     small -= small.mean(axis=1, keepdims=True)
     small /= np.linalg.norm(small, axis=1, keepdims=True) + 1e-12
     alike = small @ small.T >= threshold
-    group = list(range(len(pictures)))
-    for first in range(len(pictures)):
+    group = list(range(len(small)))
+    for first in range(len(small)):
         for second in np.flatnonzero(alike[first, :first]):
             old, new = max(group[first], group[second]), min(group[first], group[second])
             group = [new if g == old else g for g in group]
@@ -156,7 +164,8 @@ def prepare_slices(
 
     Raises:
         FileNotFoundError: When a folder, or the mask of an image, is missing.
-        ValueError: When a picture cannot be read, or image and mask differ in size.
+        CohortError: When pictures cannot be read, or differ in size from their masks; the others are written
+            and on the list.
     """
     if orientation not in ORIENTATIONS:
         raise ValueError(f"unknown orientation '{orientation}'; choose from {', '.join(ORIENTATIONS)}")
@@ -168,23 +177,38 @@ def prepare_slices(
         )
     stems = sorted(image_files, key=_natural)
     output = Path(output_dir)
-    pictures = []
-    for stem in tqdm(stems, desc="slices", unit="slice", dynamic_ncols=True, mininterval=bar_interval()):
-        image, mask = _read(image_files[stem]), _read(mask_files[stem])
-        if image.shape != mask.shape:
-            raise ValueError(
-                f"{image_files[stem]} has {image.shape} pixels and its mask {mask.shape}; they must agree"
-            )
-        pictures.append(image)
-        for folder, pixels in (("images", image), ("masks", np.where(mask > 0, 255, 0).astype(np.uint8))):
-            with atomic_path(output / folder / f"{stem}.png") as temporary:
-                Image.fromarray(np.ascontiguousarray(turn(pixels, orientation))).save(temporary, format="PNG")
-    groups = group_similar(pictures)
-    patients = [f"slice_{stems[g]}" for g in groups]
-    folds = assign_folds(patients, n_folds, seed)
+    done: list[str] = []
+    failures: list[dict[str, str]] = []
+
+    def turned() -> Iterator[np.ndarray]:
+        for stem in tqdm(stems, desc="slices", unit="slice", dynamic_ncols=True, mininterval=bar_interval()):
+            try:
+                image, mask = _read_pair(image_files[stem], mask_files[stem])
+            except ValueError as error:
+                failures.append({"name": stem, "reason": str(error)})
+                continue
+            for folder, pixels in (
+                ("images", image),
+                ("masks", np.where(mask > 0, 255, 0).astype(np.uint8)),
+            ):
+                with atomic_path(output / folder / f"{stem}.png") as temporary:
+                    upright = Image.fromarray(np.ascontiguousarray(turn(pixels, orientation)))
+                    upright.save(temporary, format="PNG")
+            done.append(stem)
+            yield image
+
+    groups = group_similar(turned())
+    failed = CohortError(failures, len(stems), "slices")
+    if not done:
+        raise failed
+    patients = [f"slice_{done[g]}" for g in groups]
+    try:
+        folds = assign_folds(patients, n_folds, seed)
+    except ValueError as error:  # too few are left, perhaps because the others failed
+        raise (ValueError(f"{error}; {failed}") if failures else error) from None
     entries = [
         {"image": f"images/{s}.png", "label": f"masks/{s}.png", "patient_id": p, "fold": f}
-        for s, p, f in zip(stems, patients, folds, strict=True)
+        for s, p, f in zip(done, patients, folds, strict=True)
     ]
     datalist = output / "datalist.json"
     write_datalist(
@@ -195,4 +219,6 @@ def prepare_slices(
         stored_orientation=orientation,
         training=entries,
     )
+    if failures:
+        raise failed
     return datalist

@@ -155,6 +155,10 @@ def _read_nifti(file: str) -> Scan:
         content = Path(file).read_bytes()
     except IsADirectoryError:
         raise ValueError(f"a folder with the name of a NIfTI file: {file}") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # not readable, or a disk that fails
+        raise ValueError(f"cannot be read ({error.strerror or error}): {file}") from None
     if not content:
         raise ValueError(f"empty file (0 bytes): {file}")
     try:

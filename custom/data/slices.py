@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +16,9 @@ from monai.transforms import Compose
 from torch.utils.data import Dataset, DistributedSampler
 from tqdm import tqdm
 
-from custom.console import bar_interval
+from custom.console import bar_interval, describe_error, list_failures
 from custom.data.content import ContentHasher, transform_key
-from custom.data.files import write_json
+from custom.data.files import atomic_folder, write_json
 
 __all__ = ["EpochSampler", "SliceDataset"]
 
@@ -54,8 +52,8 @@ class SliceDataset(Dataset):
         num_workers: processes that prepare cases not in the cache yet.
 
     Raises:
-        ValueError: When ``select`` is unknown, image and label of a case differ in shape, or no slice
-            is left.
+        ValueError: When ``select`` is unknown, cases cannot be prepared (all of them are named, and the
+            others are in the cache then), or no slice is left.
     """
 
     def __init__(
@@ -116,7 +114,8 @@ class SliceDataset(Dataset):
         world = torch.distributed.get_world_size() if distributed else 1
         rank = torch.distributed.get_rank() if distributed else 0
         mine = enumerate(self._folders)
-        missing = [i for i, folder in mine if i % world == rank and not (folder / "case.json").is_file()]
+        missing = [i for i, folder in mine if i % world == rank and not _is_whole(folder)]
+        failures: list[dict[str, str]] = []
         if missing:
             loader = DataLoader(
                 cast(Dataset, _Preparation(self, missing)),
@@ -124,12 +123,19 @@ class SliceDataset(Dataset):
                 num_workers=min(self.num_workers, len(missing)),
                 collate_fn=_as_is,
             )
-            for _ in tqdm(
+            bar = tqdm(
                 loader, desc="preparing cases", unit="case", dynamic_ncols=True, mininterval=bar_interval()
-            ):
-                pass
+            )
+            failures = [failure for failure in bar if failure]
         if distributed:
-            torch.distributed.barrier()
+            shares: list[Any] = [None] * world
+            torch.distributed.all_gather_object(shares, failures)
+            failures = [failure for share in shares for failure in share]
+        if failures:  # all at once: whoever mends the data wants to know of all that is wrong
+            raise ValueError(
+                f"{len(failures)} of {len(self.data)} cases cannot be prepared: {list_failures(failures)}; "
+                "mend them, or take them off the data list"
+            )
 
     def prepare_case(self, number: int) -> None:
         """Prepare one case and put it into the cache, whole or not at all.
@@ -149,26 +155,18 @@ class SliceDataset(Dataset):
                 f"{image.shape[1:]} and {label.shape[1:]} voxels"
             )
         lung = np.asarray(prepared["lung"]) if "lung" in prepared else None
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-        try:
+        if _is_whole(folder):
+            return  # another process was faster
+        found = {
+            "all": list(range(len(_slices_first(image)))),
+            "lesion": _nonempty(label),
+            "lung": [] if lung is None else _nonempty(lung),
+        }
+        with atomic_folder(folder) as temporary:
             # Half precision keeps a [0, 1] window to better than one HU in a thousand.
             np.save(temporary / "image.npy", _slices_first(image).astype(np.float16))
             np.save(temporary / "label.npy", _slices_first(label).astype(np.uint8))
-            found = {
-                "all": list(range(len(_slices_first(image)))),
-                "lesion": _nonempty(label),
-                "lung": [] if lung is None else _nonempty(lung),
-            }
             write_json(temporary / "case.json", found)
-            if folder.exists():  # torn by a crash before the index was written
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if (folder / "case.json").is_file():
-                return  # another process was faster
-            raise
 
     def __len__(self) -> int:
         return len(self._index[0])
@@ -241,11 +239,19 @@ class _Preparation:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, position: int) -> int:
+    def __getitem__(self, position: int) -> dict[str, str]:
+        """Name and reason of the case if it failed, or nothing."""
         if position >= len(self.numbers):
             raise IndexError(position)
-        self.slices.prepare_case(self.numbers[position])
-        return self.numbers[position]
+        number = self.numbers[position]
+        try:
+            self.slices.prepare_case(number)
+        except Exception as error:
+            reason = describe_error(error)
+            if reason is None:
+                raise
+            return {"name": self.slices.data[number].get("name", f"case {number}"), "reason": reason}
+        return {}
 
 
 def _as_is(item: Any) -> Any:
@@ -254,6 +260,16 @@ def _as_is(item: Any) -> Any:
 
 def _sample_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a prepared case is there and nothing of it is cut off."""
+    try:
+        count = len(json.loads((folder / "case.json").read_text(encoding="utf-8"))["all"])
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("image", "label")]
+    except (OSError, EOFError, ValueError, KeyError):  # what numpy and JSON make of torn files
+        return False
+    return all(len(array) == count for array in arrays)
 
 
 def _slices_first(volume: np.ndarray) -> np.ndarray:

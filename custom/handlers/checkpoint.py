@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class TrainingCheckpoint:
 
     - ``checkpoint_latest.pt`` and ``checkpoint_previous.pt``: network, optimiser, schedulers, early
       stopping, best metric, epoch and random states. A latest checkpoint that cannot be read is
-      reported, and the previous one is used.
+      reported, and the previous one is used; it is kept until there is another that can be read.
     - ``model.pt``: the bare ``state_dict`` of the network, or of ``exported``, at the best validation so
       far; that of the last epoch where there is no validation.
 
@@ -71,6 +72,7 @@ class TrainingCheckpoint:
             self.objects["exported"] = exported
         self.evaluator = evaluator
         self.resume = resume
+        self._torn = False  # whether the latest checkpoint cannot be read
 
     @property
     def latest(self) -> Path:
@@ -120,9 +122,9 @@ class TrainingCheckpoint:
         scaler = getattr(engine, "scaler", None)
         if scaler is not None:
             content["scaler"] = scaler.state_dict()
-        if self.latest.is_file():
-            os.replace(self.latest, self.previous)
-        save_atomically(content, self.latest)
+        # A torn checkpoint must not take the place of the one before it, which is all that is left then.
+        save_atomically(content, self.latest, keep=None if self._torn else self.previous)
+        self._torn = False
 
     def load(self, engine: Any) -> None:
         """Continue from the checkpoint, if there is one and ``resume`` is set.
@@ -133,6 +135,9 @@ class TrainingCheckpoint:
         Raises:
             ValueError: When a checkpoint does not fit the network, optimiser or schedule of this run.
         """
+        if _rank() == 0:
+            for left in self.folder.glob(".partial-*"):  # by writers that were killed; they are large
+                left.unlink(missing_ok=True)
         if not self.resume:
             return
         content = self._read()
@@ -169,27 +174,36 @@ class TrainingCheckpoint:
             )
 
     def _read(self) -> dict[str, Any] | None:
-        for path in (self.latest, self.previous):
-            if not path.is_file():
-                continue
+        found = [path for path in (self.latest, self.previous) if path.is_file()]
+        for path in found:
             try:
-                return dict(torch.load(path, map_location=get_dist_device() or "cpu", weights_only=True))
+                return _load(path)
             except Exception as error:  # torn files raise whatever their bytes happen to mean
-                logger.warning(
-                    f"{path} cannot be read ({type(error).__name__}); trying an earlier checkpoint"
-                )
+                self._torn = self._torn or path == self.latest
+                others = path != found[-1]
+                then = "the one before it is used" if others else "none is left, training starts afresh"
+                logger.warning(f"{path} cannot be read ({type(error).__name__}: {error}); {then}")
         return None
 
 
-def save_atomically(content: Any, path: str | os.PathLike) -> None:
+def _load(path: Path) -> dict[str, Any]:
+    # torch.load compares no checksums: weights with a bit turned over would be taken as they are.
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+    return dict(torch.load(path, map_location=get_dist_device() or "cpu", weights_only=True))
+
+
+def save_atomically(content: Any, path: str | os.PathLike, keep: str | os.PathLike | None = None) -> None:
     """``torch.save`` to a temporary file that then takes the place of ``path``.
 
     Args:
         content: what to save.
         path: file to write.
+        keep: where the file goes that is replaced.
     """
     # Given a path, torch.save writes its name into the file, and equal weights would differ in hash.
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path, keep) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,23 @@ import custom
 from custom.console import CohortError
 from custom.data.cohort import CohortLoader
 from custom.data.files import write_json, write_nifti
-from custom.reporting.acquisition import doubt_lungs
+from custom.handlers.study_masks import as_volume, describe_scan, given_mask, off_grid
+from custom.reporting.acquisition import doubt_lungs, doubt_opacity
 from custom.reporting.dicom_objects import has_highdicom, write_dicom
-from custom.reporting.dicom_source import DicomOutputError, read_source
+from custom.reporting.dicom_source import DicomOutputError, identify_study, read_source
 from custom.reporting.figures import AttentionView, draw_overview, shown_voxel
+from custom.reporting.followup_files import group_by_patient, write_followup, write_text
+from custom.reporting.page import build_page
+from custom.reporting.pictures import StudyPictures, take_pictures
 from custom.reporting.quantify import CONSOLIDATION_FROM_HU, LUNGS, measure_opacity
 from custom.reporting.report import build_failure, build_report, headline
 from custom.reporting.table import flatten_report, write_table
-from custom.transforms.load import study_info
 
 __all__ = ["StudyReport"]
 
 logger = logging.getLogger(__name__)
 
-AFFINE_TOLERANCE_MM = 1e-2
+_NO_PAGES = "switched off: pages is false"
 _NO_HIGHDICOM = "highdicom is not installed: install covid-ct-bundles[dicom], or set dicom_output to false"
 
 
@@ -41,10 +45,12 @@ class StudyReport:
     - ``<name>_lungs.nii.gz``: the lung mask (1 left, 2 right), where preprocessing made one;
     - ``<name>_overview.png``: three planes with contours, and attention maps where the network has them;
     - ``<name>_seg.dcm`` and ``<name>_sr.dcm``: masks and numbers as DICOM objects, where the scan is DICOM;
+    - ``<name>_page.html``: all of this to look at, in one file that needs no network;
     - ``<name>_report.json``: the numbers, null plus a reason where unknown; see ``docs/report.md``. It is
       written last, so where it stands, the study is complete.
 
-    ``finish`` adds ``output_dir/cohort.csv`` where there is more than one study.
+    ``finish`` adds ``output_dir/cohort.csv`` where there is more than one study, and for each patient with
+    more than one ``output_dir/followup_<patient>.html`` and ``.json``.
 
     The batch must hold ``scan`` (the image as loaded, HU) and ``name`` and may hold ``lung`` and ``lobes``,
     masks on the scan's grid; the output ``pred`` is the mask after inversion of every spatial step and
@@ -60,6 +66,8 @@ class StudyReport:
         dicom_output: write DICOM objects for scans that are DICOM.
         deidentify: leave out of DICOM objects and report what identifies patient and study, and give the
             DICOM objects new UIDs throughout. The name of a study stays what it is.
+        pages: write the pages and follow-ups.
+        settings: of the inference, to be named on the pages, such as ``hu_window``.
 
     Raises:
         ValueError: When a switch is neither on nor off.
@@ -74,6 +82,8 @@ class StudyReport:
         cohort: CohortLoader | None = None,
         dicom_output: bool | str = True,
         deidentify: bool | str = False,
+        pages: bool | str = True,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.network = network
@@ -82,8 +92,10 @@ class StudyReport:
         self.cohort = cohort
         self.dicom_output = _switch("dicom_output", dicom_output)
         self.deidentify = _switch("deidentify", deidentify)
+        self.pages = _switch("pages", pages)
+        self.settings = settings
         self.failures: list[dict[str, str]] = []
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._reports: dict[Path, dict[str, Any]] = {}
         self._model: dict[str, Any] | None = None
         self._warned = False
 
@@ -103,19 +115,23 @@ class StudyReport:
             self.write(study, output)
 
     def finish(self) -> None:
-        """Report the studies that failed, after all others are done, and write the table of the cohort.
+        """Report the studies that failed, after all others are done; write the cohort's table and follow-ups.
 
         Raises:
             CohortError: When any has failed.
         """
         prepared = [] if self.cohort is None else self.cohort.failures
         for failure in prepared:
-            self._write_failure(failure["name"], failure["reason"])
-        if len(self._rows) > 1:
-            write_table(self.output_dir / "cohort.csv", list(self._rows.values()))
+            self._write_failure(failure["name"], failure["reason"], self._identify(failure["name"]))
+        if len(self._reports) > 1:
+            write_table(self.output_dir / "cohort.csv", list(map(flatten_report, self._reports.values())))
+        if self.pages:
+            for key, group in group_by_patient(self._reports).items():
+                course = write_followup(self.output_dir, group)[1]["course"]
+                logger.info(f"{key}: {len(group)} studies, course {course or 'not stated'}")
         failures = [*prepared, *self.failures]
         if failures:
-            raise CohortError(failures, len(self._rows))
+            raise CohortError(failures, len(self._reports))
 
     def write(self, study: dict[str, Any], output: dict[str, Any]) -> None:
         """Write one study's files.
@@ -125,20 +141,20 @@ class StudyReport:
             output: item of the decollated output.
         """
         name, scan = study["name"], study["scan"]
-        if reason := _off_grid(scan, output["pred"], "mask"):
+        if reason := off_grid(scan, output["pred"], "mask"):
             reason += "; postprocessing must invert every spatial step of preprocessing"
             self.failures.append({"name": name, "reason": reason})
-            self._write_failure(name, reason)
+            self._write_failure(name, reason, describe_scan(scan))
             logger.warning(f"{name}: {reason}")
             return
         affine = np.asarray(scan.affine.cpu(), dtype=float)
         hu = np.asarray(scan.cpu())[0]
         opacity = (np.asarray(output["pred"].cpu())[0] > 0).astype(np.uint8)
-        lungs, no_lungs = _given_mask(study, "lung", "lung mask")
+        lungs, no_lungs = given_mask(study, "lung", "lung mask")
         doubt = doubt_lungs(lungs, hu) if lungs is not None and lungs.any() else no_lungs
         if doubt:
             lungs, no_lungs = None, doubt
-        lobes, no_lobes = _given_mask(study, "lobes", "lobe mask")
+        lobes, no_lobes = given_mask(study, "lobes", "lobe mask")
         folder = self.output_dir / name
         _clear(folder, name)
 
@@ -151,25 +167,32 @@ class StudyReport:
         measured = measure_opacity(
             opacity, affine, lungs, hu, lobes, no_lungs_reason=no_lungs, no_lobes_reason=no_lobes
         )
+        info = describe_scan(scan)
+        if remark := doubt_opacity(measured):
+            info["notes"] = [*info.get("notes", ()), remark]
+            logger.warning(f"{name}: {remark}")
         lines = headline(measured)
-        attention = self._attention(output["image"], shown_voxel(_volume(opacity), _volume(lungs)), affine)
+        attention = self._attention(
+            output["image"], shown_voxel(as_volume(opacity), as_volume(lungs)), affine
+        )
         files["overview"] = f"{name}_overview.png"
         draw_overview(
             folder / files["overview"], hu, opacity, affine, name, lines, lungs=lungs, attention=attention
         )
-        info = study_info(scan) if "study" in scan.meta else {}
         dicom, no_dicom = self._write_dicom(name, info, opacity, lungs, hu, affine, measured)
-        missing = {"lungs": no_lungs, "seg": no_dicom, "sr": no_dicom}
+        missing = {"lungs": no_lungs, "seg": no_dicom, "sr": no_dicom, "page": _NO_PAGES}
         if dicom is not None:
             files["sr"] = f"{name}_sr.dcm"
             files["seg"] = f"{name}_seg.dcm" if dicom["segments"] else None
+        if self.pages:
+            files["page"] = f"{name}_page.html"
         report = build_report(
             name,
             self._describe_model(),
             info,
             affine,
-            _volume(opacity).shape,
-            _volume(lungs),
+            as_volume(opacity).shape,
+            as_volume(lungs),
             measured,
             files,
             missing,
@@ -177,16 +200,36 @@ class StudyReport:
             doubt if "lung" in study else "",
             self.deidentify,
         )
-        write_json(folder / f"{name}_report.json", report)
-        self._rows[name] = flatten_report(report)
+        pictures = None
+        if self.pages:
+            pictures = take_pictures(as_volume(hu), as_volume(opacity), as_volume(lungs), affine)
+        self._finish_study(report, pictures, attention)
         logger.info(f"{name}: {', '.join(lines)}")
 
-    def _write_failure(self, name: str, reason: str) -> None:
-        folder = self.output_dir / name
-        _clear(folder, name)
-        report = build_failure(name, self._describe_model(), reason, self.deidentify)
-        write_json(folder / f"{name}_report.json", report)
-        self._rows[name] = flatten_report(report)
+    def _write_failure(self, name: str, reason: str, info: dict[str, Any] | None) -> None:
+        _clear(self.output_dir / name, name)
+        page = f"{name}_page.html" if self.pages else None
+        report = build_failure(name, self._describe_model(), reason, self.deidentify, info, page)
+        self._finish_study(report)
+
+    def _finish_study(
+        self,
+        report: dict[str, Any],
+        pictures: StudyPictures | None = None,
+        attention: AttentionView | None = None,
+    ) -> None:
+        folder = self.output_dir / report["study"]
+        if page := report["files"]["page"]:
+            write_text(folder / page, build_page(report, pictures, attention, self.settings))
+        file = folder / f"{report['study']}_report.json"
+        write_json(file, report)
+        self._reports[file.resolve()] = report
+
+    def _identify(self, name: str) -> dict[str, Any] | None:
+        """What is known of a study that could not be prepared."""
+        items = getattr(getattr(self.cohort, "dataset", None), "data", None) or ()
+        image = next((item["image"] for item in items if item["name"] == name), None)
+        return None if image is None else identify_study(image)
 
     def _write_dicom(
         self,
@@ -251,8 +294,11 @@ class StudyReport:
         with torch.no_grad():
             maps = maps_of(seen[None].to(device), getattr(self.network, "shown_attention_maps", None))
         self.network.train(training)
+        spacing = np.linalg.norm(np.asarray(getattr(image, "affine", np.eye(4)), dtype=float)[:3, :2], axis=0)
         return AttentionView(
-            seen[0].cpu().numpy(), {key: value[0, 0].float().cpu().numpy() for key, value in maps.items()}
+            seen[0].cpu().numpy(),
+            {key: value[0, 0].float().cpu().numpy() for key, value in maps.items()},
+            aspect=float(spacing[1] * seen.shape[2] / (spacing[0] * seen.shape[1])),
         )
 
 
@@ -262,31 +308,6 @@ def _switch(name: str, value: bool | str) -> bool:
     if str(value).lower() not in known:
         raise ValueError(f"{name} must be true or false, got {value!r}")
     return known[str(value).lower()]
-
-
-def _volume(mask: Any) -> Any:
-    """(H, W, D), also of a plain slice; None stays None."""
-    return mask if mask is None or mask.ndim == 3 else mask[..., None]
-
-
-def _given_mask(study: dict[str, Any], key: str, what: str) -> tuple[np.ndarray | None, str]:
-    """A mask of the batch on the scan's grid, or None and why there is none that can be used."""
-    if key not in study:
-        return None, f"no {what} was given" if key == "lobes" else f"no {what} was made"
-    if reason := _off_grid(study["scan"], study[key], what):
-        return None, reason
-    return np.asarray(study[key].cpu())[0].astype(np.uint8), ""
-
-
-def _off_grid(scan: Any, mask: Any, what: str) -> str:
-    """Why a mask does not lie on the scan's grid, or ""."""
-    if scan.shape[1:] != mask.shape[1:]:
-        shapes = f"{tuple(mask.shape[1:])} voxels and the scan {tuple(scan.shape[1:])}"
-        return f"the {what} is not one of this scan: it has {shapes}"
-    there, here = (np.asarray(image.affine.cpu(), dtype=float) for image in (scan, mask))
-    if not np.allclose(there, here, atol=AFFINE_TOLERANCE_MM):
-        return f"the {what} is not one of this scan: they lie in different places, their affines differ"
-    return ""
 
 
 def _clear(folder: Path, name: str) -> None:

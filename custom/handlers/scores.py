@@ -13,6 +13,8 @@ import torch
 from ignite.engine import Engine, Events
 from PIL import Image
 
+from custom.console import CohortError
+from custom.data.cohort import CohortLoader
 from custom.data.files import atomic_path, write_nifti
 from custom.metrics import CaseScores, ScoredCase, score_case, summarize_scores
 from custom.reporting.scores import format_summary, grid_geometry, write_scores
@@ -35,12 +37,19 @@ class ScoreReport:
         output_dir: folder for the files.
         threshold: probability from which on a voxel is in the mask.
         surface_tolerance_mm: see :func:`custom.metrics.score_case`.
+        cohort: the loader of the cases, which knows those that could not be prepared: they are listed in
+            ``scores.json`` and count in no mean.
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike, threshold: float = 0.5, surface_tolerance_mm: float = 3.0
+        self,
+        output_dir: str | os.PathLike,
+        threshold: float = 0.5,
+        surface_tolerance_mm: float = 3.0,
+        cohort: CohortLoader | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
+        self.cohort = cohort
         self.settings = {"threshold": threshold, "surface_tolerance_mm": surface_tolerance_mm}
         self._scores: list[CaseScores] = []
 
@@ -94,18 +103,30 @@ class ScoreReport:
 
         Args:
             engine: the evaluator, which has run through.
+
+        Raises:
+            CohortError: When cases could not be prepared; the others are scored.
         """
+        failures = [] if self.cohort is None else self.cohort.failures
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            self._write(self._scores)
+            self._write(self._scores, failures)
             return
         shares: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shares, self._scores)
-        if torch.distributed.get_rank() == 0:
-            self._write([score for share in shares for score in share])
-        torch.distributed.barrier()  # whoever ends the run before the files are written ends it for all
+        torch.distributed.all_gather_object(shares, (self._scores, failures))
+        try:
+            if torch.distributed.get_rank() == 0:
+                self._write(
+                    [score for scores, _ in shares for score in scores],
+                    [failure for _, failed in shares for failure in failed],
+                )
+        finally:
+            torch.distributed.barrier()  # whoever ends the run before the files are written ends it for all
 
-    def _write(self, scores: list[CaseScores]) -> None:
-        scores = sorted(scores, key=lambda score: score.row["name"])
-        summary = summarize_scores(scores)
-        table, _ = write_scores(self.output_dir / "scores", scores, summary, self.settings)
-        logger.info(f"scores of each case: {table}\n{format_summary(summary)}")
+    def _write(self, scores: list[CaseScores], failures: list[dict[str, str]]) -> None:
+        if scores:
+            scores = sorted(scores, key=lambda score: score.row["name"])
+            summary = summarize_scores(scores)
+            table, _ = write_scores(self.output_dir / "scores", scores, summary, self.settings, failures)
+            logger.info(f"scores of each case: {table}\n{format_summary(summary)}")
+        if failures:
+            raise CohortError(failures, len(scores) + len(failures), "cases")

@@ -13,7 +13,7 @@ from custom.data.dicom_series import is_sharp_kernel
 from custom.reporting.quantify import LUNGS
 from custom.reporting.zones import cut_ends
 
-__all__ = ["MAX_SLICE_MM", "check_acquisition", "doubt_lungs"]
+__all__ = ["MAX_SLICE_MM", "check_acquisition", "doubt_lungs", "doubt_opacity"]
 
 MAX_SLICE_MM = 5.0
 """Slices thicker, or further apart, than this average small and subpleural opacity away."""
@@ -24,6 +24,8 @@ _NO_CONTRAST = {"NO", "NONE", "N", "WITHOUT", "WO", "NATIVE", "NO CONTRAST", "PL
 _AERATED_HU = -500
 _AIR_HU = -950
 _LEAST_AERATED, _MOST_AIR = 0.05, 0.8
+_MOST_OUTSIDE = 0.5
+_HEALTHY_HU = -800  # opacity with a mean below is as airy as healthy lung
 
 
 def check_acquisition(
@@ -93,6 +95,21 @@ def doubt_lungs(lungs: np.ndarray, hu: np.ndarray) -> str:
         return "the lung mask holds almost no air: it is not a mask of this scan"
     if np.mean(values < _AIR_HU) > _MOST_AIR:
         return "the lung mask holds almost nothing but air: it is not a mask of this scan"
+    return ""
+
+
+def doubt_opacity(measured: Mapping[str, Any]) -> str:
+    """Say why an opacity mask may not be that of this scan, or "". It is measured all the same.
+
+    Args:
+        measured: see :func:`custom.reporting.measure_opacity`.
+    """
+    volume, mean = measured["opacity_volume_ml"], measured["opacity_mean_hu"]["total"]
+    if volume["outside_lungs"] and volume["outside_lungs"] > _MOST_OUTSIDE * volume["total"]:
+        share = 100 * volume["outside_lungs"] / volume["total"]
+        return f"{share:.0f} % of the opacity lies outside the lungs: is it a mask of this scan?"
+    if mean is not None and mean < _HEALTHY_HU:
+        return f"the opacity has a mean of {mean:.0f} HU, as airy as healthy lung: is it a mask of this scan?"
     return ""
 
 

@@ -144,12 +144,15 @@ def _describe(number: int, name: str, model: Mapping[str, Any]) -> SegmentDescri
 
     side = {"left_lung": codes.SCT.Left, "right_lung": codes.SCT.Right}.get(name)
     category = codes.SCT.MorphologicallyAbnormalStructure if side is None else codes.SCT.AnatomicalStructure
+    # A mask that was given may be corrected or drawn by hand; the lungs and the split by HU are found here.
+    by_hand = not model["bundle"] and side is None
+    types = SegmentAlgorithmTypeValues
     description = SegmentDescription(
         segment_number=number,
         segment_label=LABELS[name],
         segmented_property_category=category,
         segmented_property_type=finding_code(name) if side is None else codes.SCT.Lung,
-        algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_type=types.SEMIAUTOMATIC if by_hand else types.AUTOMATIC,
         algorithm_identification=AlgorithmIdentificationSequence(
             **algorithm(model), family=codes.DCM.ArtificialIntelligence
         ),

@@ -9,6 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -20,7 +21,7 @@ from pydicom.valuerep import format_number_as_ds
 from custom.data.dicom_header import get_text, make_instance
 from custom.data.dicom_stack import stack_slices
 
-__all__ = ["DicomOutputError", "SourceSeries", "patient_key", "read_source"]
+__all__ = ["DicomOutputError", "SourceSeries", "identify_study", "patient_key", "read_source"]
 
 _TOLERANCE_MM = 1e-2
 _NEEDED = [
@@ -122,6 +123,28 @@ def read_source(files: Sequence[str], deidentify: bool = False) -> SourceSeries:
             for keyword in _UIDS:
                 setattr(header, keyword, new[header[keyword].value])
     return SourceSeries(tuple(kept), affine, identity)
+
+
+def identify_study(image: str | Sequence[str]) -> dict[str, Any] | None:
+    """What the header of a study says of whose and when it is, for one that cannot be read as a scan.
+
+    Args:
+        image: a NIfTI file, or the files of a DICOM study.
+
+    Returns:
+        Some of the keys that :class:`custom.data.Scan` describes; None where there is no header to read.
+    """
+    if isinstance(image, str):
+        return {"source": "nifti", "files": [image]}
+    tags = ("StudyInstanceUID", "StudyDate", "StudyTime")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's warnings quote values
+            header = dcmread(image[0], stop_before_pixels=True, specific_tags=list(tags))
+            uid, day, time = (get_text(header, tag) or None for tag in tags)
+    except Exception:  # no longer there, or broken
+        return None
+    return {"source": "dicom", "files": list(image), "study_uid": uid, "study_date": day, "study_time": time}
 
 
 def patient_key(file: str) -> str | None:

@@ -28,10 +28,14 @@ AXES = (
 
 @dataclass(frozen=True)
 class AttentionView:
-    """One slice as the network saw it, (H, W) in 0..1, and attention maps of any size by name."""
+    """One slice as the network saw it, (H, W) in 0..1, and attention maps of any size by name.
+
+    ``aspect`` is the slice's true width divided by its true height.
+    """
 
     image: np.ndarray
     maps: Mapping[str, np.ndarray]
+    aspect: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ import numpy as np
 from custom.reporting.acquisition import check_acquisition
 from custom.reporting.dicom_source import patient_key
 from custom.reporting.quantify import unmeasured
+from custom.reporting.wording import hide_paths
 
 __all__ = ["SCHEMA_VERSION", "build_failure", "build_report", "headline"]
 
 SCHEMA_VERSION = "2.0"
 
 _NOTICE = "Research use only. Not a medical device."
-_FILES = ("opacity", "lungs", "overview", "seg", "sr")
+_FILES = ("opacity", "lungs", "overview", "seg", "sr", "page")
 _IDENTIFYING = ("patient_key", "study_uid", "series_uid", "series_number", "study_date", "study_time")
 _UID = re.compile(r"\b\d+(?:\.\d+){4,}\b")
-_PATH = re.compile(r"\S*[/\\]\S.*")  # to the end of the line, since names of files may hold spaces
 
 
 def build_report(
@@ -82,25 +82,39 @@ def build_report(
 
 
 def build_failure(
-    name: str, model: Mapping[str, Any], reason: str, deidentify: bool = False
+    name: str,
+    model: Mapping[str, Any],
+    reason: str,
+    deidentify: bool = False,
+    study: Mapping[str, Any] | None = None,
+    page: str | None = None,
 ) -> dict[str, Any]:
-    """The report of a study that could not be segmented: the same fields, all None.
+    """The report of a study that could not be segmented: the same fields, None but for its source and page.
 
     Args:
         name: of the study.
         model: ``bundle``, ``software_version`` and ``weights_sha256``.
         reason: why.
-        deidentify: leave UIDs and paths out of the reason.
+        deidentify: leave UIDs and paths out of the reason, and what identifies patient and study.
+        study: what is known of the scan, or None.
+        page: name of the page beside the report.
     """
     if deidentify:
-        reason = _PATH.sub("(path left out)", _UID.sub("(UID left out)", reason))
+        reason = hide_paths(_UID.sub("(UID left out)", reason))
     nothing = unmeasured(reason)
-    absent = ("dicom", "source", "grid", "acquisition")
-    reasons = dict.fromkeys(("files", *absent), reason) | nothing.pop("reasons")
+    source, unknown = _describe_source(study, deidentify) if study else (None, {"source": reason})
+    for path in unknown:
+        if path.removeprefix("source.") not in _IDENTIFYING:
+            unknown[path] = reason
+    absent = ("dicom", "grid", "acquisition")
+    reasons = dict.fromkeys(("files", *absent), reason) | unknown | nothing.pop("reasons")
     return {
         **_head(name, model, "failed", reason),
-        "files": dict.fromkeys(_FILES),
-        **dict.fromkeys(absent),
+        "files": {**dict.fromkeys(_FILES), "page": page},
+        "dicom": None,
+        "source": source,
+        "grid": None,
+        "acquisition": None,
         **nothing,
         "reasons": reasons,
     }

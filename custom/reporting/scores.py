@@ -18,7 +18,7 @@ from custom.metrics import CaseScores
 
 __all__ = ["format_summary", "grid_geometry", "read_scores", "write_scores"]
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 SHOWN = {
     "dice": "Dice",
     "sensitivity": "sensitivity",
@@ -61,6 +61,7 @@ def write_scores(
     scores: Sequence[CaseScores],
     summary: Mapping[str, Any],
     settings: Mapping[str, Any],
+    failures: Sequence[Mapping[str, str]] = (),
 ) -> tuple[Path, Path]:
     """Write OUTPUT.csv and OUTPUT.json, each whole or not at all.
 
@@ -69,6 +70,7 @@ def write_scores(
         scores: at least one case.
         summary: see :func:`custom.metrics.summarize_scores`.
         settings: what else decides the values, for the record.
+        failures: name and reason of each case that could not be scored.
 
     Returns:
         The CSV and the JSON file.
@@ -86,6 +88,7 @@ def write_scores(
         "summary": dict(summary),
         "cases": rows,
         "slice_counts": [case.slices.tolist() for case in scores],
+        "failures": [dict(failure) for failure in failures],
     }
     write_json(report, content)
     return table, report

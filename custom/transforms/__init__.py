@@ -4,6 +4,7 @@
 from custom.transforms.checks import CheckSameGridD, CheckSameGridd, CheckSameGridDict
 from custom.transforms.hounsfield import ValidateHU, ValidateHUD, ValidateHUd, ValidateHUDict
 from custom.transforms.intensity import NormalizeSlicesD, NormalizeSlicesd, NormalizeSlicesDict
+from custom.transforms.invert import InvertToMaskD, InvertToMaskd, InvertToMaskDict
 from custom.transforms.load import LoadCTD, LoadCTd, LoadCTDict
 from custom.transforms.lung import (
     CropLungD,
@@ -23,6 +24,9 @@ __all__ = [
     "CropLungD",
     "CropLungDict",
     "CropLungd",
+    "InvertToMaskD",
+    "InvertToMaskDict",
+    "InvertToMaskd",
     "LoadCTD",
     "LoadCTDict",
     "LoadCTd",

@@ -10,11 +10,15 @@ import numpy as np
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
+from custom.transforms.load import STUDY_KEY, describe_origin
+
 __all__ = ["CheckSameGridD", "CheckSameGridDict", "CheckSameGridd"]
 
 
 class CheckSameGridd(MapTransform):
     """Refuses a mask that does not lie on its image's grid, instead of training on shifted truth.
+
+    A mask with voxels that are not finite is refused too: a threshold would make background of them.
 
     Args:
         keys: the image first, then what must share its grid.
@@ -34,7 +38,7 @@ class CheckSameGridd(MapTransform):
             data: channel-first MetaTensors (C, H, W[, D]).
 
         Raises:
-            ValueError: When shapes or affines differ; the message names both files.
+            ValueError: When shapes or affines differ, or a mask holds NaN; the message names the files.
         """
         d = dict(data)
         first, *others = self.key_iterator(d)
@@ -45,6 +49,10 @@ class CheckSameGridd(MapTransform):
                 raise ValueError(
                     f"{files} differ in size: {tuple(image.shape[1:])} and {tuple(d[key].shape[1:])} voxels"
                 )
+            if not np.isfinite(np.asarray(d[key].cpu())).all():
+                raise ValueError(
+                    f"{key} {_source(d[key])} holds NaN or infinity, which is neither in a mask nor out of it"
+                )
             if not np.allclose(image.affine, d[key].affine, atol=self.tolerance_mm):
                 raise ValueError(
                     f"{files} lie in different places: their affines differ; resample one onto the other"
@@ -53,7 +61,10 @@ class CheckSameGridd(MapTransform):
 
 
 def _source(image: Any) -> str:
-    return str(getattr(image, "meta", {}).get("filename_or_obj", "(in memory)"))
+    meta = getattr(image, "meta", {})
+    if STUDY_KEY in meta:
+        return describe_origin(image, STUDY_KEY)
+    return str(meta.get("filename_or_obj", "(in memory)"))
 
 
 CheckSameGridD = CheckSameGridDict = CheckSameGridd

@@ -140,7 +140,9 @@ class CropLungd(MapTransform, InvertibleTransform):
             if d[key].shape[1:] != mask.shape[1:]:
                 sizes = f"{tuple(d[key].shape[1:])} and {tuple(mask.shape[1:])}"
                 raise ValueError(f"{key} is not on the grid of {self.mask_key}: {sizes} voxels")
-            d[key] = self.cropper(d[key], box)
+            cropped = self.cropper(d[key], box)
+            # A view would keep the whole scan in memory as long as its part.
+            d[key] = cropped.clone(memory_format=torch.contiguous_format)
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

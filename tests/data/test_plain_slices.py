@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from custom.console import CohortError
 from custom.data.plain_slices import ORIENTATIONS, group_similar, prepare_slices, turn, turn_back
 
 
@@ -25,7 +26,8 @@ def folders(tmp_path):
 
 
 def prepare(folder, **options):
-    return prepare_slices(folder / "images", folder / "masks", folder / "out", n_folds=3, **options)
+    options = {"n_folds": 3, **options}
+    return prepare_slices(folder / "images", folder / "masks", folder / "out", **options)
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
@@ -69,11 +71,21 @@ def test_pairing_is_by_name_and_faults_are_named(folders):
         prepare(folders)
     (folders / "masks" / "11.png").rename(folders / "masks" / "10.png")
     Image.fromarray(np.zeros((20, 31), np.uint8)).save(folders / "masks" / "2.png")
-    with pytest.raises(ValueError, match="they must agree"):
-        prepare(folders)
+    with pytest.raises(CohortError, match="1 of 3 slices failed: 2: .* they must agree") as caught:
+        prepare(folders, n_folds=2)
+    assert caught.value.exit_code == 1
     (folders / "masks" / "2.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="cannot be read as a picture"):
+    with pytest.raises(CohortError, match="2: .* cannot be read as a picture"):
+        prepare(folders, n_folds=2)
+    listed = json.loads((folders / "out" / "datalist.json").read_text())["training"]
+    assert [entry["image"] for entry in listed] == ["images/1.png", "images/10.png"]
+    with pytest.raises(ValueError, match="3 folds are asked for, .* 1 of 3 slices failed: 2: "):
         prepare(folders)
+    for file in (folders / "masks").iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(CohortError) as caught:
+        prepare(folders)
+    assert caught.value.exit_code == 2
     with pytest.raises(FileNotFoundError, match="not found"):
         prepare_slices(folders / "none", folders / "masks", folders / "out")
 

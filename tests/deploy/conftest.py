@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-collect_ignore = [] if os.environ.get("TEST_DEPLOY") == "1" else ["test_label_rest.py", "test_label_ohif.py"]
+SERVERS = ["test_label_rest.py", "test_label_ohif.py", "test_deploy_app.py"]
+collect_ignore = [] if os.environ.get("TEST_DEPLOY") == "1" else SERVERS
 
 
 @pytest.fixture(scope="session")

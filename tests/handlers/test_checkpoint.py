@@ -1,6 +1,8 @@
 # Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -131,15 +133,78 @@ def test_a_kill_within_an_epoch_repeats_that_epoch(tmp_path, uninterrupted):
     assert same(load(folder / "checkpoint_latest.pt"), uninterrupted)
 
 
-@pytest.mark.parametrize("damage", [b"", b"torn", "cut"])
+def tear(path: Path, damage: bytes | str) -> None:
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        del content[2000:]
+    elif damage == "bit":  # in the midst of the numbers
+        content[content.index(b"PK\x01\x02") // 2] ^= 0x10
+    else:
+        content = damage
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [b"", b"torn", "cut", "bit"])
 def test_a_torn_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, uninterrupted, damage, caplog):
     folder = tmp_path / "torn"
     build(folder, 3).run()
     latest = folder / "checkpoint_latest.pt"
-    latest.write_bytes(latest.read_bytes()[:2000] if damage == "cut" else damage)
+    tear(latest, damage)
     build(folder, 5).run()
     assert "checkpoint_latest.pt cannot be read" in caplog.text
+    assert "the one before it is used" in caplog.text
     assert same(load(latest), uninterrupted)
+
+
+def test_a_torn_checkpoint_does_not_take_the_place_of_the_one_before(tmp_path, monkeypatch, uninterrupted):
+    """Killed again, in the first write after the fall-back, the training still has its checkpoint."""
+    folder = tmp_path / "torn"
+    build(folder, 3).run()
+    tear(folder / "checkpoint_latest.pt", "cut")
+    kept = (folder / "checkpoint_previous.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, 5).run()
+    assert (folder / "checkpoint_previous.pt").read_bytes() == kept
+    build(folder, 5).run()
+    assert same(load(folder / "checkpoint_latest.pt"), uninterrupted)
+    assert load(folder / "checkpoint_previous.pt")["epoch"] == 4
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    build(tmp_path, 1).run()
+    (tmp_path / ".partial-1234.pt").write_bytes(b"half a checkpoint")
+    build(tmp_path, 2).run()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "checkpoint_latest.pt",
+        "checkpoint_previous.pt",
+        "model.pt",
+    ]
+
+
+def test_where_no_checkpoint_can_be_read_training_starts_afresh_and_says_so(tmp_path, uninterrupted, caplog):
+    build(tmp_path, 3).run()
+    for name in ("latest", "previous"):
+        tear(tmp_path / f"checkpoint_{name}.pt", "cut")
+    build(tmp_path, 5).run()
+    assert "none is left, training starts afresh" in caplog.text
+    assert same(load(tmp_path / "checkpoint_latest.pt"), uninterrupted)
+
+
+def test_a_full_disk_takes_nothing_away(tmp_path, monkeypatch):
+    build(tmp_path, 3).run()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(content, file):
+        file.write(b"a little")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*\.pt"):
+            build(tmp_path, 5).run()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_finished_or_stopped_training_stays_as_it_is(tmp_path):

@@ -35,7 +35,7 @@ STUDY = {
     "manufacturer": "Maker",
     "model": "M1",
 }
-MISSING = {"lungs": "no lung mask was made", "seg": "switched off", "sr": "switched off"}
+MISSING = {"lungs": "no lung mask was made", "seg": "switched off", "sr": "switched off", "page": "off"}
 
 
 def make(study=STUDY, deidentify: bool = False) -> dict:

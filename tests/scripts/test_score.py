@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -29,6 +30,17 @@ def refused(folder: Path, capsys, *options: str) -> str:
     assert run(folder, *options) == 2
     assert not (folder / "out").exists()
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")][-1]
+
+
+def failed(folder: Path, capsys) -> str:
+    """The one line of an error when one of two cases failed; the other is scored."""
+    assert run(folder) == 1
+    report = json.loads((folder / "out" / "scores.json").read_text())
+    assert len(report["cases"]) == len(report["failures"]) == report["summary"]["cases"] == 1
+    line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")][-1]
+    assert line.startswith("error: 1 of 2 cases failed: slice_2: ")
+    assert report["failures"][0]["reason"] in line
+    return line
 
 
 def picture(path: Path, pixels: np.ndarray) -> None:
@@ -168,7 +180,7 @@ def test_missing_partners_are_named(pictures, capsys):
 
 def test_pairs_that_differ(pictures, capsys):
     picture(pictures / "t" / "slice_2.png", np.zeros((4, 3)))
-    line = refused(pictures, capsys)
+    line = failed(pictures, capsys)
     assert "slice_2.bmp" in line and "differ in size: (4, 4) and (4, 3)" in line
 
 
@@ -217,12 +229,13 @@ def test_other_files_that_cannot_be_taken(pictures, capsys):
     colour = np.zeros((4, 4, 3))
     colour[..., 0] = 200
     picture(pictures / "p" / "deeper" / "slice_2.bmp", colour)
-    assert "in colour" in refused(pictures, capsys)
+    assert "in colour" in failed(pictures, capsys)
     (pictures / "p" / "deeper" / "slice_2.bmp").write_bytes(b"nonsense")
-    assert "cannot be read as a picture" in refused(pictures, capsys)
+    assert "cannot be read as a picture" in failed(pictures, capsys)
     frames = [Image.fromarray(np.zeros((4, 4), np.uint8))] * 2
     (pictures / "p" / "deeper" / "slice_2.bmp").unlink()
     frames[0].save(pictures / "p" / "slice_2.tif", save_all=True, append_images=frames[1:])
-    assert "holds 2 pictures" in refused(pictures, capsys)
+    assert "holds 2 pictures" in failed(pictures, capsys)
+    shutil.rmtree(pictures / "out")
     assert "no prediction in" in refused(pictures, capsys, "--prediction-suffix", "_x")
     assert "folder of predictions not found" in refused(pictures / "t", capsys)

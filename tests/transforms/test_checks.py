@@ -27,3 +27,11 @@ def test_a_mask_elsewhere_is_refused_by_name():
         check({"image": image(), "label": image((1, 4, 5, 5), name="seg.nii")})
     with pytest.raises(ValueError, match="label seg.nii lie in different places"):
         check({"image": image(), "label": image(offset=3.0, name="seg.nii")})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_mask_that_is_not_finite_is_refused(value):
+    label = image(name="seg.nii")
+    label[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match="label seg.nii holds NaN or infinity"):
+        CheckSameGridd(["image", "label"])({"image": image(), "label": label})

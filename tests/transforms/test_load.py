@@ -208,3 +208,24 @@ def test_logs_the_choice_and_the_notes_but_no_patient(dicom_folder, caplog):
     assert "the only axial CT series, 4 slices" in ours[0].message and "every 2.5 mm" in ours[1].message
     assert "Doe" not in caplog.text and str(dicom_folder) not in caplog.text
     assert "nvImageCodec" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("voxels", "dtype"),
+    [
+        (np.arange(-30, 30).reshape(3, 4, 5).astype(np.int16), torch.int16),
+        (np.arange(-30, 30).reshape(3, 4, 5).astype(np.float32), torch.int16),
+        (np.arange(60).reshape(3, 4, 5).astype(np.float32) + 0.5, torch.float32),
+        (np.arange(60).reshape(3, 4, 5).astype(np.float32) * 1000, torch.float32),  # beyond int16
+        (np.where(np.arange(60).reshape(3, 4, 5) == 7, np.nan, 1.0).astype(np.float32), torch.float32),
+    ],
+)
+def test_whole_numbers_can_be_held_in_half_the_memory(tmp_path, voxels, dtype):
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "a.nii")
+    plain = LoadCTd("image", ensure_channel_first=True)({"image": tmp_path / "a.nii"})["image"]
+    compact = LoadCTd("image", ensure_channel_first=True, compact=True)({"image": tmp_path / "a.nii"})[
+        "image"
+    ]
+    assert plain.dtype == torch.float32 and compact.dtype == dtype
+    assert np.array_equal(compact.float().numpy(), plain.numpy(), equal_nan=True)
+    assert compact.shape == plain.shape and torch.equal(compact.affine, plain.affine)
