@@ -113,15 +113,14 @@ def _differences(followup: Mapping[str, Any]) -> str:
         step = entry["since_prior"]
         if step is None:
             continue
-        span = f"{say_date(step['study_date'])} to {say_date(entry['study_date'])}"
-        for item in step["differences"]:
-            rows.append(
-                f"<tr><th>{span}</th><td>{escape(item['name'])}</td><td>{escape(_plain(item['before']))}</td>"
-                f'<td class="differs">{escape(_plain(item["after"]))}</td></tr>'
-            )
-        rows += (
-            [f'<tr><th>{span}</th><td colspan="3">no difference</td></tr>'] if not step["differences"] else []
-        )
+        cells = [
+            f"<td>{escape(item['name'])}</td><td>{escape(_plain(item['before']))}</td>"
+            f'<td class="differs">{escape(_plain(item["after"]))}</td>'
+            for item in step["differences"]
+        ] or ['<td colspan="3">no difference</td>']
+        span = f"{say_date(step['study_date'])}<br>to {say_date(entry['study_date'])}"
+        cells[0] = f'<th rowspan="{len(cells)}">{span}</th>{cells[0]}'
+        rows += [f"<tr>{cell}</tr>" for cell in cells]
     flagged = [
         f"<li>{say_date(entry['study_date']) or 'no date'}: "
         f"{escape(hide_paths('; '.join(entry['flagged'])))}</li>"
@@ -130,7 +129,8 @@ def _differences(followup: Mapping[str, Any]) -> str:
     ]
     looked = f'<h3>Checks that were flagged</h3><ul class="plain">{"".join(flagged)}</ul>' if flagged else ""
     head = "<thead><tr><th>Between</th><th>What</th><th>Before</th><th>After</th></tr></thead>"
-    table = f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
+    table = f'<div class="scroll"><table class="course">{head}<tbody>{"".join(rows)}</tbody></table></div>'
+    table = table if rows else ""
     return section(
         "differences",
         "How the scans differ",

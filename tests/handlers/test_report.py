@@ -279,3 +279,31 @@ def test_one_study_is_no_cohort(tmp_path):
     run(handler, *study())
     handler.finish()
     assert not (tmp_path / "cohort.csv").exists()
+
+
+def test_pages_can_be_switched_off_and_name_the_settings(tmp_path):
+    run(StudyReport(tmp_path / "off", pages="false"), *study())
+    off = json.loads((tmp_path / "off" / "s1" / "s1_report.json").read_text(encoding="utf-8"))
+    assert off["files"]["page"] is None and off["reasons"]["files.page"] == "switched off: pages is false"
+    assert not list((tmp_path / "off").rglob("*.html"))
+    run(StudyReport(tmp_path / "on", settings={"hu_window": [-1000, 400]}), *study())
+    page = (tmp_path / "on" / "s1" / "s1_page.html").read_text(encoding="utf-8")
+    assert "Window of the input (HU)" in page
+    on = json.loads((tmp_path / "on" / "s1" / "s1_report.json").read_text(encoding="utf-8"))
+    assert on["files"]["page"] == "s1_page.html"
+
+
+def test_attention_maps_are_shown_in_the_slices_true_proportions(tmp_path):
+    class Network(torch.nn.Linear):
+        def attention_maps(self, x, names):
+            return {"gate": x}
+
+    # 16 x 32 voxels of 3 x 2 mm in the network's order: rows of 48 mm, columns of 64 mm.
+    report = StudyReport(tmp_path, Network(1, 1))
+    batch, output = study()
+    view = report._attention(output["image"], (2, 5, 4), AFFINE.numpy())
+    rows, columns = view.image.shape
+    spacing = np.linalg.norm(np.asarray(output["image"].affine)[:3, :2], axis=0)
+    assert view.aspect == pytest.approx(columns * spacing[1] / (rows * spacing[0]))
+    run(report, batch, output)
+    assert "Attention maps" in (tmp_path / "s1" / "s1_page.html").read_text(encoding="utf-8")

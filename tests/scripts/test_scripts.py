@@ -1,6 +1,7 @@
 # Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -55,4 +56,9 @@ def test_prepare_slices_and_its_user_errors(tmp_path):
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "scripts").glob("*.py")))
 def test_every_script_explains_itself(name):
     done = script(name, "--help")
+    if name == "deploy_app" and importlib.util.find_spec("monai.deploy") is None:
+        # It runs in MONAI Deploy's environment, and says so in any other.
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: ") and "docs/deploy_with_monai_deploy.md" in done.stderr
+        return
     assert done.returncode == 0 and "usage:" in done.stdout
