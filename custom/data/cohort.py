@@ -72,10 +72,10 @@ class CohortLoader:
                 self.failures.append({"name": name, "reason": study.reason})
                 logger.warning(f"{name}: {study.reason}")
                 continue
-            batch = _batch_of_one(study)
-            del study  # neither it nor the batch may still be held while the next one is prepared
-            yield batch
-            del batch
+            # Nothing here may still hold the study when it is done with, nor while the next one is prepared.
+            given = [_batch_of_one(study)]
+            del study
+            yield given.pop()
         if self.failures and len(self.failures) == self.total and not self.allow_empty:
             raise CohortError(self.failures, self.total)
 

@@ -40,6 +40,10 @@ class TrainingCheckpoint:
     is neither atomic nor has it the state of early stopping.) Attach it to the trainer *after* the
     handlers that validate and step the scheduler.
 
+    What torch, NumPy and Python draw at random in an epoch is made to depend on the seed and the epoch alone:
+    a data loader draws from torch's generator whenever its iterator is made anew, which happens at other
+    times in a resumed run, and with other numbers of workers.
+
     In a distributed run the first process writes and all read. Its random states serve every process.
 
     Args:
@@ -73,6 +77,7 @@ class TrainingCheckpoint:
         self.evaluator = evaluator
         self.resume = resume
         self._torn = False  # whether the latest checkpoint cannot be read
+        self._seed = 0
 
     @property
     def latest(self) -> Path:
@@ -92,7 +97,17 @@ class TrainingCheckpoint:
             engine: the trainer.
         """
         engine.add_event_handler(Events.STARTED, self.load)
+        # By then the epoch's iterator has been made.
+        engine.add_event_handler(Events.ITERATION_STARTED, self._seed_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def _seed_epoch(self, engine: Any) -> None:
+        if (engine.state.iteration - 1) % engine.state.epoch_length:
+            return
+        words = np.random.SeedSequence((self._seed, engine.state.epoch)).generate_state(3)
+        torch.manual_seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        random.seed(int(words[2]))
 
     def save(self, engine: Any) -> None:
         """Write the checkpoint, and ``model.pt`` when this epoch is the best.
@@ -116,6 +131,7 @@ class TrainingCheckpoint:
             "best_metric": best_metric,
             "best_metric_epoch": best_epoch,
             "network": self.network.state_dict(),
+            "seed": self._seed,
             "random": _random_state(),
             **{name: _stateful(part).state_dict() for name, part in self.objects.items()},
         }
@@ -135,6 +151,7 @@ class TrainingCheckpoint:
         Raises:
             ValueError: When a checkpoint does not fit the network, optimiser or schedule of this run.
         """
+        self._seed = torch.initial_seed()
         if _rank() == 0:
             for left in self.folder.glob(".partial-*"):  # by writers that were killed; they are large
                 left.unlink(missing_ok=True)
@@ -147,6 +164,7 @@ class TrainingCheckpoint:
             self.network.load_state_dict(content["network"])
             for name, part in self.objects.items():
                 _stateful(part).load_state_dict(content[name])
+            self._seed = content.get("seed", self._seed)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(

@@ -164,6 +164,11 @@ class StudyReport:
         }
         for kind, file in files.items():
             write_nifti(folder / str(file), masks[kind], affine)
+        attention = self._attention(
+            output["image"], shown_voxel(as_volume(opacity), as_volume(lungs)), affine
+        )
+        for item in (study, output):
+            item.pop("image", None)  # what the network saw is as large as the scan, and is done with
         measured = measure_opacity(
             opacity, affine, lungs, hu, lobes, no_lungs_reason=no_lungs, no_lobes_reason=no_lobes
         )
@@ -172,9 +177,6 @@ class StudyReport:
             info["notes"] = [*info.get("notes", ()), remark]
             logger.warning(f"{name}: {remark}")
         lines = headline(measured)
-        attention = self._attention(
-            output["image"], shown_voxel(as_volume(opacity), as_volume(lungs)), affine
-        )
         files["overview"] = f"{name}_overview.png"
         draw_overview(
             folder / files["overview"], hu, opacity, affine, name, lines, lungs=lungs, attention=attention

@@ -84,5 +84,7 @@ def test_a_study_is_let_go_before_the_next_is_prepared():
         return {**item, "image": MetaTensor(torch.from_numpy(array))}
 
     for batch in CohortLoader(Dataset([{"name": f"scan{n}"} for n in range(4)], watch)):
+        del batch["image"]
+        assert held[-1]() is None, "whoever lets go of a volume frees it"
         del batch
     assert len(held) == 4

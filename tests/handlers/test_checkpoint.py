@@ -38,7 +38,12 @@ class Keyed(torch.utils.data.Dataset):
 
 
 def build(
-    folder: Path, epochs: int, patience: int = 50, resume: bool = True, average: bool = False
+    folder: Path,
+    epochs: int,
+    patience: int = 50,
+    resume: bool = True,
+    average: bool = False,
+    num_workers: int = 0,
 ) -> SupervisedTrainer:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
@@ -68,7 +73,13 @@ def build(
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),
         max_epochs=epochs,
-        train_data_loader=DataLoader(data, batch_size=2, sampler=EpochSampler(data)),
+        train_data_loader=DataLoader(
+            data,
+            batch_size=2,
+            sampler=EpochSampler(data),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        ),
         network=network,
         optimizer=optimizer,
         loss_function=nn.MSELoss(),
@@ -231,6 +242,15 @@ def test_model_holds_the_best_epoch_as_a_bare_state_dict(tmp_path):
     model = load(tmp_path / "model.pt")
     assert same(model, load(tmp_path / "until_best" / "checkpoint_latest.pt")["network"])
     assert all(isinstance(value, torch.Tensor) for value in model.values())
+
+
+def test_workers_change_nothing_and_neither_does_a_resume_with_them(tmp_path, uninterrupted):
+    """What dropout draws must not depend on when a data loader draws the seeds of its workers."""
+    build(tmp_path / "workers", 5, num_workers=1).run()
+    build(tmp_path / "resumed", 2, num_workers=1).run()
+    build(tmp_path / "resumed", 5, num_workers=1).run()
+    for run in ("workers", "resumed"):
+        assert same(load(tmp_path / run / "checkpoint_latest.pt"), uninterrupted), run
 
 
 def test_a_moving_average_is_exported_and_resumed(tmp_path):
