@@ -1,0 +1,40 @@
+# Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
+import torch
+from torch import nn
+
+from custom.inferers import Bfloat16Inferer
+
+
+class Heads(nn.Module):
+    """Tells in which type it worked and gives its output in the shape that is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 3, padding=1)
+        self.seen = None
+
+    def forward(self, x, shape="tensor"):
+        y = self.layer(x)
+        self.seen = y.dtype
+        return {"tensor": y, "list": [y, y], "dict": {"pred": y}}[shape]
+
+
+def test_network_works_in_bfloat16_and_the_loss_in_float32():
+    torch.manual_seed(0)
+    network, x = Heads(), torch.randn(2, 1, 8, 8)
+    output = Bfloat16Inferer()(x, network)
+    assert network.seen is torch.bfloat16
+    assert output.dtype is torch.float32
+    exact = network(x)
+    assert network.seen is torch.float32, "nothing stays switched on"
+    assert not torch.equal(output, exact)
+    torch.testing.assert_close(output, exact, atol=0.02, rtol=0.02)
+    output.mean().backward()
+    assert network.layer.weight.grad.dtype is torch.float32
+
+
+def test_outputs_of_deep_supervision_keep_their_form():
+    network, x = Heads(), torch.randn(1, 1, 8, 8)
+    heads = Bfloat16Inferer()(x, network, shape="list")
+    assert isinstance(heads, list) and all(head.dtype is torch.float32 for head in heads)
+    assert Bfloat16Inferer()(x, network, shape="dict")["pred"].dtype is torch.float32
