@@ -15,8 +15,8 @@ __all__ = ["Bfloat16Inferer"]
 class Bfloat16Inferer(Inferer):
     """Runs the network under autocast to bfloat16, channels last; the loss sees float32.
 
-    For training on processors with AMX or AVX-512 BF16 (MONAI's ``amp`` is CUDA's only). Weights and optimiser
-    stay in float32, and bfloat16 has float32's range, so the loss needs no scaling.
+    For training on processors with AMX or AVX-512 BF16 (MONAI's ``amp`` is CUDA's only). Weights and
+    optimiser stay in float32, and bfloat16 has float32's range, so the loss needs no scaling.
     """
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
