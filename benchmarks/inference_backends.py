@@ -8,7 +8,8 @@ neither empty nor full, or takes its weights from --weights. Its own inference.j
 inverts the result. The backends take turns, --repeats times, after one run that builds them; medians are
 shown. Whole: the preparation, the network and the way back to the scan's grid, without reports. A backend
 whose mask has a Dice below 0.999 with eager PyTorch's, or that does not run, has failed and gets no times.
-With CT_DATA in the environment its ct_lung_dicom is a scan, too.
+With CT_DATA in the environment its ct_lung_dicom is a scan, too. Load: that of the machine while the scan was
+timed, so more than the threads used here means that other programs made the times longer.
 """
 
 from __future__ import annotations
@@ -41,7 +42,18 @@ GATE = 0.999
 TRAINING_SIZE = [64, 64]
 PATIENTS: dict[str, Any] = {"lesions": ("ground_glass", "consolidation"), "burden": 0.6}
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
-HEADER = ("bundle", "scan", "backend", "mask Dice", "network s", "ratio", "whole s", "ratio", "build s")
+HEADER = (
+    "bundle",
+    "scan",
+    "backend",
+    "mask Dice",
+    "network s",
+    "ratio",
+    "whole s",
+    "ratio",
+    "build s",
+    "load",
+)
 
 
 def train(bundle: Path, work: Path, epochs: int) -> Path:
@@ -139,16 +151,17 @@ def compare(pipeline: Pipeline, inferers: dict[str, Inferer], repeats: int) -> l
     for name, inferer in inferers.items():
         try:
             built[name], (_, _, mask) = clock(lambda inferer=inferer: pipeline.run(inferer))
-        except Exception as error:  # one backend's failure is a result, not the end
+        except Exception as error:  # a backend's failure is a result; without the reference there is none
+            if name == "torch":
+                raise
             failed[name] = " ".join(str(error).split())[:80]
             continue
         if name == "torch":
             reference = mask
             share = mask.float().mean().item()
             if not 1e-4 < share < 0.5:
-                raise ValueError(
-                    f"{share:.2%} of the scan is in the mask, which shows nothing; change --epochs"
-                )
+                reason = f"{share:.2%} of the scan is in the mask, which shows nothing; change --epochs"
+                return [_failed(name, "-", reason) for name in inferers]
             print(f"  mask: {int(mask.sum())} of {mask.numel()} voxels ({share:.2%})", flush=True)
         scores[name] = dice(mask, reference)
         if scores[name] < GATE:
@@ -167,11 +180,11 @@ def compare(pipeline: Pipeline, inferers: dict[str, Inferer], repeats: int) -> l
         name: [statistics.median(column) for column in zip(*rows, strict=True)]
         for name, rows in times.items()
     }
-    rows = []
+    rows, load = [], _load()
     for name in inferers:
         score = f"{scores[name]:.5f}" if name in scores else "-"
         if name in failed:
-            rows.append([name, score, f"failed: {failed[name]}", "", "", "", ""])
+            rows.append(_failed(name, score, failed[name]))
             continue
         (network_s, whole_s), (network_0, whole_0) = median[name], median["torch"]
         build = max(0.0, built[name] - network_s)
@@ -181,8 +194,17 @@ def compare(pipeline: Pipeline, inferers: dict[str, Inferer], repeats: int) -> l
             f"{whole_s:.2f}",
             f"{whole_0 / whole_s:.2f}",
         ]
-        rows.append([name, score, *row, f"{build:.1f}"])
+        rows.append([name, score, *row, f"{build:.1f}", load])
     return rows
+
+
+def _failed(backend: str, score: str, reason: str) -> list[str]:
+    return [backend, score, f"failed: {reason}", *[""] * (len(HEADER) - 5)]
+
+
+def _load() -> str:
+    """Programs that compute, by the mean of the last minute."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
 
 def machine() -> list[str]:
@@ -207,12 +229,13 @@ def machine() -> list[str]:
     ]
 
 
-def write_table(path: Path, rows: list[list[str]], lines: list[str]) -> None:
+def write_table(path: Path, rows: list[list[str]], lines: list[str]) -> str:
+    """Write the table so far; returns it."""
     table = [HEADER, ["---"] * len(HEADER), *rows]
     text = "\n".join([*(f"{line}  " for line in lines), "", *(f"| {' | '.join(row)} |" for row in table)])
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    print(f"table: {path}", flush=True)
+    return text
 
 
 @command
@@ -242,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     print("\n".join(about), flush=True)
     rows: list[list[str]] = []
+    text = ""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_phantom((192, 192, 12), (1.9, 1.9, 22.0), seed=7, **PATIENTS).save(work / "scans", "phantom")
@@ -262,14 +286,15 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     inferers[backend] = BackendSliceInferer(options.batch_size, backend=backend)
                 except ModuleNotFoundError as error:
-                    missing.append([backend, "-", f"failed: {error}", "", "", "", ""])
+                    missing.append(_failed(backend, "-", str(error)))
             for scan, path in scans.items():
                 print(f" {scan}", flush=True)
                 results = compare(Pipeline(config, network, path), inferers, options.repeats)
                 rows += [[name, scan, *row] for row in results + missing]
                 for row in results + missing:
                     print("  " + "  ".join(row), flush=True)
-                write_table(options.table, rows, about)
+                text = write_table(options.table, rows, about)
+    print(f"\n{text}\n\nwritten: {options.table}", flush=True)
     return 0
 
 

@@ -9,9 +9,12 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,8 +25,10 @@ __all__ = [
     "bar_interval",
     "check_overrides",
     "command",
+    "deaf_children",
     "describe_error",
     "list_failures",
+    "read_switch",
     "require_file",
     "start",
 ]
@@ -102,7 +107,7 @@ def describe_error(error: BaseException) -> str | None:
 
 def _report(error: BaseException) -> int | None:
     """Print the line for an error; returns the exit code, or None where a traceback is due."""
-    if isinstance(error, KeyboardInterrupt):
+    if any(isinstance(current, KeyboardInterrupt) for current in _chain(error)):
         # Whatever is there is whole: every file is renamed into its place.
         print("\ninterrupted; the same command continues from what is finished", file=sys.stderr)
         return INTERRUPTED
@@ -121,24 +126,86 @@ class _EngineErrors(logging.Filter):
         return "is terminating due to exception" not in message and not message.startswith("Exception:")
 
 
+_ENGINE_ERRORS = _EngineErrors()
+
+
+class _QuietLogger(logging.Logger):
+    """A logger without that echo: MONAI's handlers make loggers of their own, late and with own outlets."""
+
+    def __init__(self, name: str, level: int = logging.NOTSET) -> None:
+        super().__init__(name, level)
+        self.addFilter(_ENGINE_ERRORS)
+
+
 def _mute_engine_errors() -> None:
-    # A logger's filters see only its own records, a handler's see those of all loggers.
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_EngineErrors())
-    for logger in list(logging.Logger.manager.loggerDict.values()):
-        for handler in getattr(logger, "handlers", ()):
-            handler.addFilter(_EngineErrors())
-    last = logging.lastResort
-    if last is not None:
-        last.addFilter(_EngineErrors())
+    # A logger's filters see only its own records, so each has to have it.
+    for logger in [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]:
+        if isinstance(logger, logging.Logger):
+            logger.addFilter(_ENGINE_ERRORS)
+    logging.setLoggerClass(_QuietLogger)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes started in this block leave Ctrl-C to this one, which gets it after the block at the latest.
+
+    A terminal sends it to all its processes, and each would print a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    _hold_interrupt()
+    try:
+        yield
+    finally:
+        _allow_interrupt()
+
+
+def _hold_interrupt() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def _allow_interrupt() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _allow_interrupt()
+
+
+@functools.cache  # such hooks cannot be taken back, so they are made once
+def _let_one_process_answer_interrupts() -> None:
+    """Make Ctrl-C, which a terminal sends to all its processes, the affair of this one.
+
+    A data loader's worker that it ends prints a traceback, and so does this process, which waits for it.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=_hold_interrupt, after_in_parent=_allow_interrupt, after_in_child=_ignore_interrupt
+        )
+
+
+def _catch_up(lost: Any) -> None:
+    """Raise again soon a KeyboardInterrupt that came where Python can only print and drop it.
+
+    A data loader ends its workers in ``__del__``, and a training would go on after Ctrl-C there.
+    """
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    later = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    later.daemon = True
+    later.start()
 
 
 def start(argv: Sequence[str] | None = None) -> None:
     """Make ``python -m monai.bundle run`` behave like our own commands; the bundles' ``initialize`` calls it.
 
-    An uncaught user error ends the process with one line and exit code 2. A command-line override that no
-    config defines, which MONAI accepts in silence, is refused. The notice about a missing GPU decoder, which
-    MONAI prints for every loader that is made, is left out.
+    An uncaught user error ends the process with one line and exit code 2, Ctrl-C with one line and 130;
+    processes that are forked from this one leave Ctrl-C to it. A command-line override that no config
+    defines, which MONAI accepts in silence, is refused. The notice about a missing GPU decoder, which MONAI
+    prints for every loader that is made, is left out.
 
     Args:
         argv: command line to look for misspelt overrides in, defaults to ``sys.argv[1:]`` when MONAI's
@@ -149,15 +216,22 @@ def start(argv: Sequence[str] | None = None) -> None:
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        code = _report(error)
-        if code is None:
-            sys.__excepthook__(kind, error, trace)
-            code = 1
+        # Within a process group torch gives this hook a buffer to write to, and loses it when this raises.
+        with redirect_stderr(sys.__stderr__):
+            code = _report(error)
+            if code is None:
+                sys.__excepthook__(kind, error, trace)
+                code = 1
+        if code == INTERRUPTED:
+            # A second Ctrl-C, out of impatience, would show a traceback of the interpreter's end.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdout.flush()
         # An exception hook cannot set the exit code by returning, and raising SystemExit in it is honoured.
         raise SystemExit(code)
 
     sys.excepthook = hook
+    sys.unraisablehook = _catch_up
+    _let_one_process_answer_interrupts()
     if os.environ.get("RANK", "0") != "0":  # in a distributed run the first process speaks for all
         logging.getLogger().setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
@@ -224,6 +298,22 @@ def require_file(path: str | os.PathLike, what: str) -> None:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} not found; it should hold the {what}")
+
+
+def read_switch(name: str, value: bool | str) -> bool:
+    """What a switch says; of the command line ``false`` comes as a text, and any text would pass for yes.
+
+    Args:
+        name: of the switch.
+        value: true or false.
+
+    Raises:
+        ValueError: When it is neither.
+    """
+    known = {"true": True, "false": False}
+    if str(value).lower() not in known:
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return known[str(value).lower()]
 
 
 def command(function: Callable[..., Any]) -> Callable[..., int]:

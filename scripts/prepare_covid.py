@@ -20,7 +20,10 @@ from custom.data.covid_lists import CovidSummary
 from custom.data.covid_sets import prepare_covid_ct_seg, prepare_medseg, prepare_mosmed
 from custom.data.covid_slices import SliceOptions
 from custom.data.datalist import read_datalist
+from custom.data.join_lists import join_datalists, parse_fold
+from custom.data.lung_negatives import prepare_negatives
 from custom.data.plain_slices import ORIENTATIONS, prepare_slices
+from custom.data.unlabelled import prepare_unlabelled
 
 
 def slices(options: argparse.Namespace) -> int:
@@ -57,6 +60,37 @@ def medseg(options: argparse.Namespace) -> int:
             **pictures(options),
         )
     )
+
+
+def unlabelled(options: argparse.Namespace) -> int:
+    summary = prepare_unlabelled(
+        options.source,
+        options.output_dir,
+        orientation=options.orientation,
+        orientations=dict(options.orientation_of),
+        per_volume=options.per_volume,
+    )
+    print(summary)
+    return 1 if summary.failed else 0
+
+
+def negatives(options: argparse.Namespace) -> int:
+    summary = prepare_negatives(
+        options.source,
+        options.output_dir,
+        xml_dir=options.xml_dir,
+        per_series=options.per_series,
+        window=tuple(options.window),
+        num_workers=options.workers,
+    )
+    print(summary)
+    return 1 if summary.failed else 0
+
+
+def join(options: argparse.Namespace) -> int:
+    fold = parse_fold(options.held_out_fold)
+    print(join_datalists(options.labelled, options.add, options.output_dir, fold))
+    return 0
 
 
 def common(options: argparse.Namespace) -> dict[str, Any]:
@@ -165,6 +199,69 @@ def main(argv: list[str] | None = None) -> int:
     radiology.add_argument("--without-effusion", action="store_true", help="make effusion background")
     add_pictures(radiology, "the nine volumes, as Zhou et al. train on them,")
     radiology.set_defaults(run=medseg)
+
+    bare = kinds.add_parser(
+        "unlabelled", help="8-bit slices without masks, named VOLUME_NUMBER: grey values matched by volume"
+    )
+    bare.add_argument("source", type=Path, metavar="FOLDER", help="folder of PNG or JPG slices")
+    bare.add_argument(
+        "output_dir", type=Path, metavar="OUT", help="gets images/, unlabelled.json and overview.png"
+    )
+    bare.add_argument(
+        "--orientation", choices=ORIENTATIONS, default="upright", help="how the slices are stored"
+    )
+    bare.add_argument(
+        "--orientation-of",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PATTERN", "ORIENTATION"),
+        help="another orientation for the volumes named like PATTERN; may be repeated. In COVID-SemiSeg's "
+        "unlabelled slices '*coronacases*' are rotated-90, the others transposed",
+    )
+    bare.add_argument(
+        "--per-volume", type=int, metavar="N", help="slices of each volume, evenly spaced (default: all)"
+    )
+    bare.set_defaults(run=unlabelled)
+
+    healthy = kinds.add_parser(
+        "lidc-negatives", help="slices of LIDC-IDRI without a nodule, windowed and cropped, with empty masks"
+    )
+    healthy.add_argument("source", type=Path, metavar="FOLDER", help="folder of the DICOM files")
+    healthy.add_argument("output_dir", type=Path, metavar="OUT", help="gets images/, masks/, datalist.json")
+    healthy.add_argument("--xml-dir", type=Path, help="folder of the XML files, if not in FOLDER")
+    healthy.add_argument(
+        "--per-series", type=int, default=20, metavar="N", help="slices, evenly spaced (default: 20)"
+    )
+    healthy.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=(-1100.0, 300.0),
+        help="HU that become 0 and 255 (default: -1100 300, about that of COVID-SemiSeg's slices)",
+    )
+    healthy.add_argument("--workers", type=int, default=0, help="processes; each holds one scan in memory")
+    healthy.set_defaults(run=negatives)
+
+    joined = kinds.add_parser(
+        "join", help="one data list of labelled slices, pseudo-labels (scripts/pseudo_label.py) and negatives"
+    )
+    joined.add_argument("--labelled", type=Path, required=True, help="data list of slices in folds")
+    joined.add_argument(
+        "--add", type=Path, nargs="+", required=True, help="data lists that are trained on only"
+    )
+    joined.add_argument(
+        "--output-dir", type=Path, required=True, help="gets datalist.json; nothing is copied"
+    )
+    joined.add_argument(
+        "--held-out-fold",
+        required=True,
+        metavar="FOLD",
+        help="the fold that will be held out, which the networks behind pseudo-labels must not have seen; "
+        "'none' for the final training, when nothing is left to score on",
+    )
+    joined.set_defaults(run=join)
 
     options = parser.parse_args(argv)
     return options.run(options)

@@ -7,6 +7,16 @@ Both hold NIfTI files or 8-bit pictures (PNG, JPG, BMP, TIFF), also in sub-folde
 or a map of probabilities. They are paired by file name without its suffix, never by order, and every one must
 have its partner. Printed are means over slices and cases, and pooled values; OUTPUT.csv has a row for each
 case, OUTPUT.json the same and the summary with the protocol of each mean.
+
+A bundle on a folder of slices and one of their masks, in two commands (the first in the bundle's folder):
+
+    python -m monai.bundle run --config_file "['configs/inference.json','configs/inference_slices.json']" \\
+        --logging_file configs/logging.conf --dataset_dir IMAGES --output_dir RESULTS --probabilities true
+    python scripts/score.py --predictions RESULTS/probabilities --truths MASKS --output scores
+
+RESULTS/masks gives the same but for MAE, the mean of |prediction - truth|, which is then that of the mask.
+Slices that are not stored upright need --stored_orientation (transposed, rotated-90, ...); masks come back as
+the slices are stored.
 """
 
 from __future__ import annotations
@@ -19,15 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from custom.console import CohortError, bar_interval, command, describe_error
+from custom.data.pictures import PICTURES, read_grey
 from custom.data.scans import is_nifti, read_scan
 from custom.metrics import ScoredCase, score_cases, summarize_scores
 from custom.reporting.scores import format_summary, grid_geometry, write_scores
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SHIFT_MM = 0.05  # farther apart than rounding in a header can put two copies of one grid
 ROUNDING = 1e-5  # a map stored as bytes with a scale of 1/255 comes back as 1.0000001
 
@@ -72,7 +81,7 @@ class MaskFolder:
             scan = read_scan(path)
             values, affine = scan.voxels, scan.affine
         else:
-            values = _read_picture(path)
+            values = read_grey(path).astype(np.float32)
         least, greatest = float(values.min()), float(values.max())
         maximum = self.maximum or (255.0 if affine is None else 1.0)
         slack = ROUNDING * maximum
@@ -102,23 +111,6 @@ def _stem(path: Path) -> str | None:
     if is_nifti(path):
         return path.name[: path.name.lower().rindex(".nii")]
     return path.stem if path.suffix.lower() in PICTURES else None
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            if getattr(picture, "n_frames", 1) > 1:
-                raise ValueError(f"{path} holds {picture.n_frames} pictures; give one file for each")
-            if picture.mode == "1":
-                return np.where(np.asarray(picture), 255, 0).astype(np.float32)
-            if picture.mode not in ("L", "P", "RGB"):
-                raise ValueError(f"{path} is a picture of mode {picture.mode}; 8-bit grey values are needed")
-            colours = np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
-    if (colours != colours[..., :1]).any():
-        raise ValueError(f"{path} is a picture in colour; 8-bit grey values are needed")
-    return colours[..., 0].astype(np.float32)
 
 
 def pair_names(predictions: MaskFolder, truths: MaskFolder) -> list[str]:

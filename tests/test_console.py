@@ -98,3 +98,53 @@ def test_start_turns_an_uncaught_error_into_one_line_and_code_2():
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_an_interrupt_that_python_can_only_drop_comes_again():
+    """As in __del__, where a data loader ends its workers."""
+    program = (
+        "import custom, os, signal, time\n"
+        "custom.console.start()\n"
+        "class Held:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(0.2)\n"
+        "held = Held()\n"
+        "del held\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.returncode == 130
+    assert done.stderr == "\ninterrupted; the same command continues from what is finished\n"
+
+
+def test_loggers_that_are_made_later_do_not_echo_errors_either():
+    program = (
+        "import custom, logging, sys\n"
+        "custom.console.start()\n"
+        "late = logging.getLogger('validation')\n"
+        "late.addHandler(logging.StreamHandler(sys.stdout))\n"
+        "late.error('Exception: 7', exc_info=ValueError(7))\n"
+        "late.error('a line')\n"
+        "raise ValueError('7 is odd')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "a line\n", "error: 7 is odd\n")
+
+
+def test_the_line_is_shown_within_a_process_group_too():
+    program = (
+        "import custom, torch\n"
+        "custom.console.start()\n"
+        "store = torch.distributed.HashStore()\n"
+        "torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)\n"
+        "raise ValueError('7 is odd')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "error: 7 is odd" in done.stderr.splitlines()

@@ -14,6 +14,8 @@ from ignite.engine import Engine
 from monai.handlers import CheckpointLoader
 from torch.nn.parallel import DistributedDataParallel
 
+from custom.bundle.settings import settings_file
+
 __all__ = ["WeightsLoader", "describe_misfit", "load_safely", "read_weights"]
 
 
@@ -91,6 +93,8 @@ def describe_misfit(weights: Mapping[str, torch.Tensor], network: torch.nn.Modul
 class WeightsLoader(CheckpointLoader):
     """MONAI's CheckpointLoader for a file of weights, with one clear line where it does not fit.
 
+    The network keeps its number format: weights in half precision become float32 in a network of float32.
+
     Args:
         load_path: file with a ``state_dict``.
         load_dict: any name with the network; wrapped for several processes or not.
@@ -112,8 +116,10 @@ class WeightsLoader(CheckpointLoader):
         for network in self.load_dict.values():
             bare = network.module if isinstance(network, DistributedDataParallel) else network
             if misfit := describe_misfit(weights, bare):
+                file = settings_file(self.load_path)
+                told = "" if file.is_file() else f"; there is no {file.name} beside it, which would name them"
                 raise ValueError(
                     f"{self.load_path} does not fit this {type(bare).__name__}: {misfit}; give the weights "
-                    "that were trained with these settings"
+                    f"that were trained with these settings{told}"
                 )
         super().__call__(engine)

@@ -9,10 +9,21 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-__all__ = ["MANIFEST", "REQUIRED", "REQUIRED_PACKED", "WEIGHTS", "file_sha256", "is_part", "is_work", "walk"]
+__all__ = [
+    "MANIFEST",
+    "REQUIRED",
+    "REQUIRED_PACKED",
+    "SETTINGS",
+    "WEIGHTS",
+    "file_sha256",
+    "is_part",
+    "is_work",
+    "walk",
+]
 
 MANIFEST = "manifest.json"
 WEIGHTS = "models/model.pt"
+SETTINGS = "models/model.json"  # that the weights were trained with
 REQUIRED = (
     "LICENSE",
     "configs/evaluate.json",
@@ -28,7 +39,8 @@ REQUIRED_PACKED = ("README.md", "requirements.txt", MANIFEST, "custom/__init__.p
 # Nothing else is taken for a part of a bundle: a stray torch.py would run in place of torch, a JSON file
 # elsewhere could be laid over a config, and MONAI Label loads the weights with the shortest name.
 _PARTS = re.compile(
-    r"LICENSE|configs/\w+\.json|configs/logging\.conf|docs/([\w-]+/)*[\w.-]+\.(md|txt|png|jpg)|models/model\.pt",
+    r"LICENSE|configs/\w+\.json|configs/logging\.conf|docs/([\w-]+/)*[\w.-]+\.(md|txt|png|jpg)"
+    r"|models/model\.(pt|json)",
     re.ASCII,
 )
 # Python would run a compiled file in place of the source that is hashed.
@@ -37,7 +49,8 @@ _PACKED_PARTS = re.compile(
     re.ASCII,
 )
 _WORK = re.compile(
-    r"(eval|output|cache|data|transfer)/.*|models/(checkpoint\w*\.pt|\w+\.json|\w+\.onnx)|(.*/)?__pycache__/.*"
+    r"(eval|output|cache|data|transfer)/.*|(.*/)?__pycache__/.*"
+    r"|models/(checkpoint\w*\.pt|model_[0-9a-f]{8}\.pt|(?!model\.json)\w+\.json|\w+\.onnx)"
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,26 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 from custom.bundle.config_code import code_in, find_target, shown, strings_in
 from custom.bundle.loading import describe_misfit, read_weights
-from custom.bundle.manifest import WEIGHTS
+from custom.bundle.manifest import SETTINGS, WEIGHTS
+from custom.bundle.settings import read_settings, trained_with
 
 __all__ = ["build_network", "check_network", "check_values"]
 
 
-def build_network(config: Mapping[str, Any]) -> torch.nn.Module:
+def build_network(config: Mapping[str, Any], weights: str | os.PathLike | None = None) -> torch.nn.Module:
     """Build ``network_def`` of a config without memory for its weights.
 
     Args:
         config: content of a config whose code is known to be harmless.
+        weights: file of the weights whose settings it takes; None for the published settings.
 
     Raises:
         ValueError: In one line, when it cannot be built or is no network.
     """
-    parser = ConfigParser(copy.deepcopy(dict(config)))
+    content = copy.deepcopy(dict(config))
+    if "ckpt_path" in content:
+        content["ckpt_path"] = None if weights is None else os.fspath(weights)
+    parser = ConfigParser(content)
     definition = parser.get("network_def")
     if isinstance(definition, dict):
         definition.pop("_requires_", None)  # where the code is; this process has its own
@@ -71,9 +77,17 @@ def check_network(configs: Mapping[str, Any], metadata: Mapping[str, Any], folde
     if (folder / WEIGHTS).is_file():
         try:
             weights = read_weights(folder / WEIGHTS)
+            settings = read_settings(folder / WEIGHTS)
         except ValueError:
             return  # a finding of its own
-        if misfit := describe_misfit(weights, networks["inference"]):
+        try:
+            network = networks["inference"]
+            if settings:
+                network = build_network(configs["inference"], folder / WEIGHTS)
+        except ValueError as error:
+            yield f"{SETTINGS}: {error}"
+            return
+        if misfit := describe_misfit(weights, network):
             yield f"{WEIGHTS}: does not fit the network of configs/inference.json: {misfit}"
 
 
@@ -114,6 +128,8 @@ def _refuse_side_effects(content: Any) -> None:
     for _, kind, text in code_in(content):
         if kind == "target":
             found = find_target(text)
+            if found is trained_with:  # which reads a file of plain numbers
+                continue
             if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
                 raise ValueError(f"network_def depends on {text}, which is no network; it was not built")
         elif kind == "expression":

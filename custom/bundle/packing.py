@@ -15,7 +15,7 @@ from typing import Any
 import custom
 from custom.bundle.archive import write_archive
 from custom.bundle.config_code import read_json
-from custom.bundle.manifest import MANIFEST, WEIGHTS, file_sha256, is_part, is_work, walk
+from custom.bundle.manifest import MANIFEST, SETTINGS, WEIGHTS, file_sha256, is_part, is_work, walk
 from custom.bundle.vendored import code_files, code_sha256
 
 __all__ = ["CODE_PATH", "IMPORTS", "PackedBundle", "pack_bundle", "with_code_path"]
@@ -73,7 +73,7 @@ def with_code_path(config: dict[str, Any]) -> dict[str, Any]:
         if key == "imports":
             value = [*value, *(line for line in IMPORTS if line not in value)]
         elif key == "network_def" and "imports" in config and isinstance(value, dict):
-            value = {**value, "_requires_": "@code_path"}
+            value = {"_requires_": "@code_path", **value}  # first: what follows may need the code
         elif key == "initialize" and isinstance(value, list) and "@code_path" not in value:
             value = ["@code_path", "$import custom", *value]
         changed[key] = value
@@ -127,7 +127,7 @@ def pack_bundle(
     weights = file_sha256(folder / WEIGHTS) if WEIGHTS in files else None
     code = {"version": custom.__version__, "sha256": code_sha256(package)}
     files["requirements.txt"] = "".join(f"{line}\n" for line in requirements).encode()
-    files["README.md"] = _readme(folder.name, version, code, weights).encode()
+    files["README.md"] = _readme(folder.name, version, code, weights, SETTINGS in files).encode()
     files = {name: files[name] for name in sorted(files)}
     hashes = {name: _sha256(source) for name, source in files.items()}
     manifest = {
@@ -166,9 +166,10 @@ def _sha256(source: bytes | Path) -> str:
     return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else file_sha256(source)
 
 
-def _readme(name: str, version: str, code: dict[str, str], weights: str | None) -> str:
+def _readme(name: str, version: str, code: dict[str, str], weights: str | None, settings: bool) -> str:
+    told = f", and `{SETTINGS}` the settings they were trained with" if settings else ""
     held = (
-        f"`{WEIGHTS}` holds the weights, SHA-256 `{weights}`."
+        f"`{WEIGHTS}` holds the weights, SHA-256 `{weights}`{told}."
         if weights
         else f"It has no weights: train it first, or put them at `{WEIGHTS}`."
     )

@@ -20,6 +20,7 @@ from custom.bundle.manifest import (
     MANIFEST,
     REQUIRED,
     REQUIRED_PACKED,
+    SETTINGS,
     WEIGHTS,
     file_sha256,
     is_part,
@@ -27,6 +28,7 @@ from custom.bundle.manifest import (
     walk,
 )
 from custom.bundle.network_check import check_network, check_values
+from custom.bundle.settings import read_settings
 from custom.bundle.standards import Standards, package_name
 from custom.bundle.vendored import code_sha256, code_version
 
@@ -217,6 +219,13 @@ class _Check:
         return {Path(name).stem: c for name, c in self.contents.items() if name.startswith("configs/")}
 
     def check_weights(self) -> None:
+        if SETTINGS in self.files:
+            try:
+                read_settings(self.folder / WEIGHTS)
+            except ValueError as error:
+                self.say(SETTINGS, str(error).removeprefix(f"{self.files[SETTINGS]}: "))
+            if WEIGHTS not in self.files:
+                self.say(SETTINGS, f"tells of weights, and there is no {WEIGHTS}")
         for name, path in self.files.items():
             if name == WEIGHTS:
                 for finding in check_values(path):

@@ -12,6 +12,7 @@ from custom.data.files import atomic_path, write_json, write_nifti
 from custom.data.lidc_prepare import prepare_lidc
 from custom.data.multiscale import MultiScaleBatch
 from custom.data.phantom import make_phantom
+from custom.data.pictures import list_pictures
 from custom.data.plain_slices import prepare_slices
 from custom.data.scans import list_scans, read_scan
 from custom.data.slices import EpochSampler, SliceDataset
@@ -27,6 +28,7 @@ __all__ = [
     "atomic_path",
     "choose_series",
     "find_studies",
+    "list_pictures",
     "list_scans",
     "load_cases",
     "make_phantom",

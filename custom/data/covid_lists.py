@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from custom.data.covid_checks import HU
 from custom.data.covid_volumes import CovidVolume
-from custom.data.datalist import assign_folds, read_datalist, write_datalist
+from custom.data.datalist import assign_folds, read_datalist, relative_path, write_datalist
 from custom.data.files import write_json
 from custom.data.work import LeftOut
 
@@ -99,20 +98,14 @@ def list_volumes(
         if case["values"] != HU:
             continue
         volume, name = files[case["name"]], f"{case['name']}.nii.gz"
-        label = _relative(volume.mask, output) if case["label_in_place"] else f"labels/{name}"
-        entry = {"image": _relative(volume.image, output), "label": label}
+        label = relative_path(volume.mask, output) if case["label_in_place"] else f"labels/{name}"
+        entry = {"image": relative_path(volume.image, output), "label": label}
         if volume.lung is not None and case["lung_in_place"]:
-            entry["lung"] = _relative(volume.lung, output)
+            entry["lung"] = relative_path(volume.lung, output)
         elif f"lungs/{name}" in case["written"]:
             entry["lung"] = f"lungs/{name}"
         entries.append(entry | {"patient_id": case["patient_id"]})
     return entries
-
-
-def _relative(file: Path, folder: Path) -> str:
-    # ".." leads out of the folder that a link points to, so links to folders are followed first. The file's
-    # own name stays: what it links to may be named by a hash.
-    return Path(os.path.relpath(file.parent.resolve() / file.name, folder.resolve())).as_posix()
 
 
 def list_slices(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ import numpy as np
 
 from custom.data.files import write_json
 
-__all__ = ["assign_folds", "load_cases", "read_datalist", "write_datalist"]
+__all__ = ["HELD_OUT", "assign_folds", "load_cases", "read_datalist", "relative_path", "write_datalist"]
 
 SECTIONS = ("training", "validation", "testing")
+HELD_OUT = "held_out_fold"
 
 
 def _fail(path: Path, where: str, what: str) -> ValueError:
@@ -45,7 +46,11 @@ def read_datalist(path: str | os.PathLike) -> dict[str, Any]:
 
     The list is a JSON object whose sections ``training``, ``validation`` and ``testing`` hold entries
     ``{"image": ..., "label": ..., "patient_id": ..., "fold": ...}`` with paths relative to the data set's
-    folder. A patient is never in two folds or in two sections.
+    folder. A patient is never in two folds or in two sections. Entries of ``training`` without a ``fold`` are
+    trained on whichever fold is held out, and never validated on.
+
+    Where masks were drawn by networks that had seen all folds but one, ``held_out_fold`` names that one, and
+    :func:`load_cases` refuses to hold out another; None means that they had seen them all.
 
     Args:
         path: the JSON file.
@@ -117,7 +122,8 @@ def load_cases(
 
     Raises:
         FileNotFoundError: When the list or a file it names does not exist.
-        ValueError: When the list is wrong or nothing is left.
+        ValueError: When the list is wrong, nothing is left, or a fold is left out that what drew masks of the
+            list had seen.
     """
     content = read_datalist(path)
     if section not in SECTIONS:
@@ -132,6 +138,12 @@ def load_cases(
             raise ValueError(
                 f"data list {path} has no fold {wanted} in '{section}'; it has {folds or 'none'}"
             )
+    if excluded and HELD_OUT in content and content[HELD_OUT] not in excluded:
+        raise ValueError(
+            f"data list {path} holds masks drawn by networks that had seen all folds but "
+            f"{'none' if content[HELD_OUT] is None else content[HELD_OUT]}; with fold {excluded[0]} held out "
+            "its scores would be too good"
+        )
     if fold is not None:
         entries = [e for e in entries if e.get("fold") == fold]
     entries = [e for e in entries if e.get("fold") not in excluded]
@@ -200,6 +212,18 @@ def assign_folds(patients: Sequence[str], n_folds: int, seed: int = 0) -> list[i
         fold_of[patient] = fold
         sizes[fold] += counts[patient]
     return [fold_of[patient] for patient in patients]
+
+
+def relative_path(file: Path, folder: Path) -> str:
+    """How a data list in ``folder`` names a file, so that both can be moved together.
+
+    Args:
+        file: what is named.
+        folder: where the data list is, or will be.
+    """
+    # ".." leads out of the folder that a link points to, so links to folders are followed first. The file's
+    # own name stays: what it links to may be named by a hash.
+    return Path(os.path.relpath(file.parent.resolve() / file.name, folder.resolve())).as_posix()
 
 
 def write_datalist(path: str | os.PathLike, name: str, description: str, **sections: Any) -> None:

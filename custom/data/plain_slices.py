@@ -16,13 +16,24 @@ from custom.console import CohortError, bar_interval
 from custom.data.datalist import assign_folds, write_datalist
 from custom.data.files import atomic_path
 
-__all__ = ["ORIENTATIONS", "group_similar", "prepare_slices", "turn", "turn_back"]
+__all__ = [
+    "ORIENTATIONS",
+    "SAME_PATIENT_CORRELATION",
+    "SUFFIXES",
+    "group_similar",
+    "prepare_slices",
+    "read_picture",
+    "thumbnails",
+    "turn",
+    "turn_back",
+]
 
 ORIENTATIONS = ("upright", "transposed", "rotated-90", "rotated-180", "rotated-270")
 """How stored slices lie; the numbers are counter-clockwise degrees that make them upright."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SAME_PATIENT_CORRELATION = 0.9
+"""Correlation of :func:`thumbnails` from which two slices count as one patient's."""
 
 
 def turn(pixels: np.ndarray, orientation: str) -> np.ndarray:
@@ -57,7 +68,16 @@ def turn_back(pixels: np.ndarray, orientation: str) -> np.ndarray:
     return turn(pixels, orientation)
 
 
-def _read(path: Path) -> np.ndarray:
+def read_picture(path: Path) -> np.ndarray:
+    """Grey values of an 8-bit picture, (H, W) uint8.
+
+    Args:
+        path: PNG, JPG or any other format that Pillow reads; colours become grey.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        ValueError: When it cannot be read, or has more than 8 bits.
+    """
     try:
         with Image.open(path) as picture:
             if picture.mode not in ("L", "RGB", "RGBA", "P", "1"):
@@ -70,7 +90,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _read_pair(image_file: Path, mask_file: Path) -> tuple[np.ndarray, np.ndarray]:
-    image, mask = _read(image_file), _read(mask_file)
+    image, mask = read_picture(image_file), read_picture(mask_file)
     if image.shape != mask.shape:
         raise ValueError(f"{image_file} has {image.shape} pixels and its mask {mask.shape}; they must agree")
     return image, mask
@@ -119,10 +139,7 @@ def group_similar(pictures: Iterable[np.ndarray], threshold: float = SAME_PATIEN
     Returns:
         For each slice the position of the first of its group.
     """
-    thumbnails = [resize(p.astype(float), (32, 32), anti_aliasing=True).ravel() for p in pictures]
-    small = np.asarray(thumbnails).reshape(-1, 32 * 32)
-    small -= small.mean(axis=1, keepdims=True)
-    small /= np.linalg.norm(small, axis=1, keepdims=True) + 1e-12
+    small = thumbnails(pictures)
     alike = small @ small.T >= threshold
     group = list(range(len(small)))
     for first in range(len(small)):
@@ -130,6 +147,21 @@ def group_similar(pictures: Iterable[np.ndarray], threshold: float = SAME_PATIEN
             old, new = max(group[first], group[second]), min(group[first], group[second])
             group = [new if g == old else g for g in group]
     return group
+
+
+def thumbnails(pictures: Iterable[np.ndarray]) -> np.ndarray:
+    """Slices at 32x32 with mean 0 and norm 1: their products are the correlations of their grey values.
+
+    Args:
+        pictures: slices (H, W), of which only one at a time is held.
+
+    Returns:
+        (N, 1024).
+    """
+    small = [resize(p.astype(float), (32, 32), anti_aliasing=True).ravel() for p in pictures]
+    flat = np.asarray(small).reshape(-1, 32 * 32)
+    flat -= flat.mean(axis=1, keepdims=True)
+    return flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-12)
 
 
 def prepare_slices(

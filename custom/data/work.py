@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from custom.console import bar_interval
+from custom.console import bar_interval, deaf_children
 
 __all__ = ["LeftOut", "work_through"]
 
@@ -61,7 +61,8 @@ def work_through(
     # Not forked, which threads do not survive: torch and the progress bars have some.
     with ProcessPoolExecutor(min(num_workers, len(items)), mp_context=get_context("spawn")) as pool:
         try:
-            futures = [pool.submit(function, item) for item in items]
+            with deaf_children():
+                futures = [pool.submit(function, item) for item in items]
             for future in _bar(as_completed(futures), len(items), desc, unit):
                 yield future.result()
         except BrokenProcessPool:
@@ -69,6 +70,10 @@ def work_through(
                 "a worker process died, perhaps for lack of memory; run it again with fewer workers, "
                 "it continues where it stopped"
             ) from None
+        except KeyboardInterrupt:
+            for process in active_children():  # whoever interrupts does not wait for what they are at
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -16,6 +16,7 @@ from typing import Any
 import custom
 from custom.bundle.loading import describe_misfit, read_weights
 from custom.bundle.network_check import build_network
+from custom.bundle.settings import read_settings, settings_file
 from custom.bundle.vendored import code_version
 from custom.data.files import write_json
 
@@ -68,8 +69,9 @@ def deploy_bundle(
 ) -> DeployedBundle:
     """Copy a bundle to where MONAI Label looks for models; the bundle itself is never written to.
 
-    Configs are copied anew each time. Weights that were trained in the copy are kept until ``fresh`` asks for
-    the bundle's own again.
+    Configs are copied anew each time, with the settings beside the weights written into both: training in the
+    server goes on from the served weights, so it needs them as inference does. Weights that were trained in
+    the copy are kept until ``fresh`` asks for the bundle's own again.
 
     Args:
         source: folder of the bundle, from the repository or from an unpacked zip. Its configs are code that
@@ -77,6 +79,7 @@ def deploy_bundle(
         models: the server's folder of models; the copy goes to ``models/<name of source>``.
         weights: the weights file, defaults to the bundle's ``models/model.pt``.
         settings: keys of the configs to change in the copy; one that a bundle does not have is left aside.
+            They come before those beside the weights.
         fresh: take the bundle's weights even if others were trained in the copy.
 
     Raises:
@@ -93,12 +96,13 @@ def deploy_bundle(
         raise FileNotFoundError(
             f"{source.name} has no weights: {file} not found; train it first, or name a file by --weights"
         )
-    configs, used = _adapt(source, settings or {})
+    configs, used = _adapt(source, settings or {}, read_settings(file))
     check_weights(configs["inference.json"], file)
 
     target = Path(models) / source.name
     trained = None if fresh else _trained_here(target)
     if trained:
+        configs, used = _adapt(source, settings or {}, read_settings(target / WEIGHTS))
         check_weights(configs["inference.json"], target / WEIGHTS)
     shutil.rmtree(target / "configs", ignore_errors=True)
     shutil.copytree(source / "configs", target / "configs")
@@ -111,6 +115,8 @@ def deploy_bundle(
     shutil.rmtree(target / "models", ignore_errors=True)
     (target / "models").mkdir()
     shutil.copyfile(file, target / WEIGHTS)
+    if settings_file(file).is_file():
+        shutil.copyfile(settings_file(file), settings_file(target / WEIGHTS))
     digest = _sha256(file)
     write_json(target / RECORD, {"source": str(source), "weights": str(file), "weights_sha256": digest})
     return DeployedBundle(target, used, f"weights {file}, SHA-256 {digest[:12]}")
@@ -136,11 +142,17 @@ def check_weights(config: Mapping[str, Any], file: str | os.PathLike) -> None:
         )
 
 
-def _adapt(source: Path, settings: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:
+def _adapt(
+    source: Path, settings: Mapping[str, Any], trained_with: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:
     configs = {name: json.loads((source / "configs" / name).read_text(encoding="utf-8")) for name in CONFIGS}
+    for key, value in trained_with.items():
+        for config in configs.values():
+            _change(config, key, value)
     used = {key for key, value in settings.items() for c in configs.values() if _change(c, key, value)}
     # The panel would offer the two numbers of a window as alternatives, and the choice would change nothing.
     configs["inference.json"].pop("displayable_configs", None)
+    configs["inference.json"].get("report", {}).pop("settings", None)  # which refers to it
     # Every round starts from model.pt; the last round's checkpoint would say that all its epochs are done.
     configs["train.json"]["resume"] = False
     return configs, frozenset(used)

@@ -8,6 +8,7 @@ or not in HU. Here the series goes through the project's own reader, and a doubt
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,8 @@ class CheckedDicomDatastore(DICOMWebDatastore):
     """
 
     def __init__(self, url: str) -> None:
+        # It logs all that it knows of a label it stores, the patient's ID included.
+        logging.getLogger("monailabel.datastore.local").setLevel(logging.WARNING)
         # The datastore calls this by name when it uploads a label that a person has saved.
         dicom_module.nifti_to_dicom_seg = functools.partial(write_segmentation, by_hand=True)
         user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD

@@ -5,5 +5,6 @@ from custom.handlers.checkpoint import TrainingCheckpoint
 from custom.handlers.progress import ProgressBar
 from custom.handlers.report import StudyReport
 from custom.handlers.scores import ScoreReport
+from custom.handlers.slices import SliceReport
 
-__all__ = ["ProgressBar", "ScoreReport", "StudyReport", "TrainingCheckpoint"]
+__all__ = ["ProgressBar", "ScoreReport", "SliceReport", "StudyReport", "TrainingCheckpoint"]

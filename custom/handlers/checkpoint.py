@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from ignite.engine import Engine, Events
 from monai.handlers import EarlyStopHandler
 from monai.utils import get_dist_device
 
+from custom.bundle.manifest import file_sha256
+from custom.bundle.settings import check_settings, settings_file, write_settings
 from custom.data.files import atomic_path
 
 __all__ = ["TrainingCheckpoint", "save_atomically"]
@@ -33,9 +36,12 @@ class TrainingCheckpoint:
       stopping, best metric, epoch and random states. A latest checkpoint that cannot be read is
       reported, and the previous one is used; it is kept until there is another that can be read.
     - ``model.pt``: the bare ``state_dict`` of the network, or of ``exported``, at the best validation so
-      far; that of the last epoch where there is no validation.
+      far; that of the last epoch where there is no validation;
+    - ``model.json``: what inference with these weights must share with their training, ``settings``.
 
-    All files hold tensors and plain values, are loaded with ``weights_only=True`` and replaced
+    A ``model.pt`` that another training left is kept, with its settings, under a name with its hash.
+
+    All ``.pt`` files hold tensors and plain values, are loaded with ``weights_only=True`` and replaced
     atomically. (ignite's own resume replays the first batches of an epoch, and MONAI's CheckpointSaver
     is neither atomic nor has it the state of early stopping.) Attach it to the trainer *after* the
     handlers that validate and step the scheduler.
@@ -55,6 +61,11 @@ class TrainingCheckpoint:
         resume: whether to go on from a checkpoint in ``ckpt_dir``; else one found there is overwritten.
         exported: network whose weights go into ``model.pt`` instead, e.g. the moving average that ignite's
             ``EMAHandler`` keeps; it is saved and restored with the rest.
+        settings: what goes into ``model.json``: numbers, switches and lists of numbers; None values are left
+            out. See :func:`custom.bundle.trained_with`.
+
+    Raises:
+        ValueError: When a setting is of another kind, or cannot be right.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class TrainingCheckpoint:
         evaluator: Any | None = None,
         resume: bool = True,
         exported: torch.nn.Module | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(ckpt_dir)
         self.network = (
@@ -76,6 +88,8 @@ class TrainingCheckpoint:
             self.objects["exported"] = exported
         self.evaluator = evaluator
         self.resume = resume
+        self.settings = None if settings is None else check_settings(settings)
+        self._ours = False  # whether model.pt is one that this training wrote
         self._torn = False  # whether the latest checkpoint cannot be read
         self._seed = 0
 
@@ -123,7 +137,7 @@ class TrainingCheckpoint:
             best_epoch = int(self.evaluator.state.best_metric_epoch)
         # A kill between the two writes repeats this epoch and so writes the same model again.
         if best_epoch in (engine.state.epoch, -1):
-            save_atomically(self.exported.state_dict(), self.best)
+            self._save_model()
         content = {
             "epoch": int(engine.state.epoch),
             "iteration": int(engine.state.iteration),
@@ -141,6 +155,30 @@ class TrainingCheckpoint:
         # A torn checkpoint must not take the place of the one before it, which is all that is left then.
         save_atomically(content, self.latest, keep=None if self._torn else self.previous)
         self._torn = False
+
+    def _save_model(self) -> None:
+        with atomic_path(self.best) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(self.exported.state_dict(), file)
+            if not self._ours:
+                self._set_aside(temporary)
+            write_settings(self.best, self.settings)
+        self._ours = True
+
+    def _set_aside(self, new: Path) -> None:
+        """Give weights of another training a name that nobody writes to."""
+        if not self.best.is_file():
+            return
+        found = file_sha256(self.best)
+        if found == file_sha256(new):  # this training's own, killed before its first checkpoint
+            return
+        kept = self.best.with_name(f"model_{found[:8]}.pt")
+        settings = settings_file(self.best)
+        if settings.is_file():  # copied first: killed in between, the old weights still have theirs
+            with atomic_path(settings_file(kept)) as temporary:
+                shutil.copyfile(settings, temporary)
+        os.replace(self.best, kept)
+        logger.info(f"{self.best} held weights of another training; they are kept as {kept.name}")
 
     def load(self, engine: Any) -> None:
         """Continue from the checkpoint, if there is one and ``resume`` is set.
@@ -179,6 +217,7 @@ class TrainingCheckpoint:
         if self.evaluator is not None:
             self.evaluator.state.best_metric = content["best_metric"]
             self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
+        self._ours = True
         _restore_random_state(content["random"])
         if content["stopped"] or content["epoch"] >= engine.state.max_epochs:
             logger.info(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from ignite.engine import Engine, Events
 
 import custom
-from custom.console import CohortError
+from custom.console import CohortError, read_switch
 from custom.data.cohort import CohortLoader
 from custom.data.files import write_json, write_nifti
+from custom.handlers.shares import SharedStudies, gather_on_first, meet
 from custom.handlers.study_masks import as_volume, describe_scan, given_mask, off_grid
 from custom.reporting.acquisition import doubt_lungs, doubt_opacity
 from custom.reporting.dicom_objects import has_highdicom, write_dicom
@@ -68,6 +69,8 @@ class StudyReport:
             DICOM objects new UIDs throughout. The name of a study stays what it is.
         pages: write the pages and follow-ups.
         settings: of the inference, to be named on the pages, such as ``hu_window``.
+        share: what of the cohort this process does; the studies that an earlier run has done are in the
+            cohort's table and the follow-ups with the others.
 
     Raises:
         ValueError: When a switch is neither on nor off.
@@ -84,18 +87,19 @@ class StudyReport:
         deidentify: bool | str = False,
         pages: bool | str = True,
         settings: Mapping[str, Any] | None = None,
+        share: SharedStudies | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.network = network
         self.bundle = bundle
         self.weights = None if weights is None else Path(weights)
         self.cohort = cohort
-        self.dicom_output = _switch("dicom_output", dicom_output)
-        self.deidentify = _switch("deidentify", deidentify)
-        self.pages = _switch("pages", pages)
+        self.dicom_output = read_switch("dicom_output", dicom_output)
+        self.deidentify = read_switch("deidentify", deidentify)
+        self.pages = read_switch("pages", pages)
         self.settings = settings
         self.failures: list[dict[str, str]] = []
-        self._reports: dict[Path, dict[str, Any]] = {}
+        self._reports: dict[Path, dict[str, Any]] = {} if share is None else dict(share.done)
         self._model: dict[str, Any] | None = None
         self._warned = False
 
@@ -117,21 +121,36 @@ class StudyReport:
     def finish(self) -> None:
         """Report the studies that failed, after all others are done; write the cohort's table and follow-ups.
 
+        Where several processes share the cohort, the first writes for all, when all are done.
+
         Raises:
-            CohortError: When any has failed.
+            CohortError: When any has failed; of several processes, on the first.
         """
         prepared = [] if self.cohort is None else self.cohort.failures
         for failure in prepared:
             self._write_failure(failure["name"], failure["reason"], self._identify(failure["name"]))
-        if len(self._reports) > 1:
-            write_table(self.output_dir / "cohort.csv", list(map(flatten_report, self._reports.values())))
+        parts = gather_on_first((self._reports, [*prepared, *self.failures]))
+        try:
+            if parts is not None:
+                self._write_cohort(
+                    {file: report for reports, _ in parts for file, report in reports.items()},
+                    [failure for _, failures in parts for failure in failures],
+                )
+        finally:
+            meet()
+
+    def _write_cohort(self, reports: dict[Path, dict[str, Any]], failures: list[dict[str, str]]) -> None:
+        order = {item["name"]: number for number, item in enumerate(self._items())}
+        names = {file: report["study"] for file, report in reports.items()}
+        reports = {file: reports[file] for file in sorted(reports, key=lambda f: order.get(names[f], 0))}
+        if len(reports) > 1:
+            write_table(self.output_dir / "cohort.csv", list(map(flatten_report, reports.values())))
         if self.pages:
-            for key, group in group_by_patient(self._reports).items():
+            for key, group in group_by_patient(reports).items():
                 course = write_followup(self.output_dir, group)[1]["course"]
                 logger.info(f"{key}: {len(group)} studies, course {course or 'not stated'}")
-        failures = [*prepared, *self.failures]
         if failures:
-            raise CohortError(failures, len(self._reports))
+            raise CohortError(sorted(failures, key=lambda one: order.get(one["name"], 0)), len(reports))
 
     def write(self, study: dict[str, Any], output: dict[str, Any]) -> None:
         """Write one study's files.
@@ -229,9 +248,11 @@ class StudyReport:
 
     def _identify(self, name: str) -> dict[str, Any] | None:
         """What is known of a study that could not be prepared."""
-        items = getattr(getattr(self.cohort, "dataset", None), "data", None) or ()
-        image = next((item["image"] for item in items if item["name"] == name), None)
+        image = next((item["image"] for item in self._items() if item["name"] == name), None)
         return None if image is None else identify_study(image)
+
+    def _items(self) -> Sequence[Mapping[str, Any]]:
+        return getattr(getattr(self.cohort, "dataset", None), "data", None) or ()
 
     def _write_dicom(
         self,
@@ -253,8 +274,9 @@ class StudyReport:
                 logger.warning(f"no DICOM objects are written: {_NO_HIGHDICOM}")
                 self._warned = True
             return None, _NO_HIGHDICOM
-        found, dense = opacity > 0, hu >= CONSOLIDATION_FROM_HU
-        masks = {"opacity": found, "ground_glass": found & ~dense, "consolidation": found & dense}
+        dense = hu >= CONSOLIDATION_FROM_HU
+        dense &= opacity > 0
+        masks = {"opacity": opacity, "ground_glass": (opacity > 0) ^ dense, "consolidation": dense}
         if lungs is not None:
             masks |= {f"{side}_lung": lungs == value for side, value in LUNGS.items()}
         try:
@@ -302,14 +324,6 @@ class StudyReport:
             {key: value[0, 0].float().cpu().numpy() for key, value in maps.items()},
             aspect=float(spacing[1] * seen.shape[2] / (spacing[0] * seen.shape[1])),
         )
-
-
-def _switch(name: str, value: bool | str) -> bool:
-    """Of the command line, ``false`` comes as a text, and any text would pass for yes."""
-    known = {"true": True, "false": False}
-    if str(value).lower() not in known:
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-    return known[str(value).lower()]
 
 
 def _clear(folder: Path, name: str) -> None:

@@ -175,8 +175,8 @@ def _check(backend: str) -> None:
 def _require(what: str, libraries: tuple[str, ...]) -> None:
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
-        names = " and ".join(missing)
-        raise ModuleNotFoundError(f"{what} needs {names}: install covid-ct-bundles[export]", name=missing[0])
+        names, extra = " and ".join(missing), "openvino" if "openvino" in libraries else "export"
+        raise ModuleNotFoundError(f"{what} needs {names}: install covid-ct-bundles[{extra}]", name=missing[0])
 
 
 def _fingerprint(network: torch.nn.Module) -> tuple:

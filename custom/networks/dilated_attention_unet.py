@@ -175,6 +175,7 @@ class DilatedAttentionUNet(AttentionNetwork):
             raise ValueError(
                 f"unknown upsample {upsample!r}: DilatedAttentionUNet has {', '.join(UPSAMPLE_MODES)}."
             )
+        self.channels = tuple(channels)
         self.side_multiple = 2 ** (levels - 1)
 
         widths = [in_channels, *channels]

@@ -99,6 +99,7 @@ class NestedUNet(AttentionNetwork):
         self.name = type(self).__name__
         if levels < 2:
             raise ValueError(f"{self.name} needs at least two levels, got channels {tuple(channels)}.")
+        self.channels = tuple(channels)
         self.deep_supervision = deep_supervision
         self.side_multiple = 2 ** (levels - 1)
 

@@ -7,12 +7,13 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
@@ -28,6 +29,8 @@ __all__ = ["SEGMENTS", "has_highdicom", "make_segmentation", "write_dicom"]
 
 SEGMENTS = tuple(LABELS)
 """Segments of the Segmentation, in their order; one without a voxel is left out."""
+
+_STEP = 50  # slices that become frames at a time
 
 _COLOURS = {  # as in the overview picture, ground-glass and consolidation as shades of opacity's red
     "left_lung": (52, 199, 255),
@@ -115,25 +118,73 @@ def make_segmentation(
     names = [name for name in SEGMENTS if name in masks and masks[name].any()]
     if not names:
         return None
-    columns, rows, slices = source.shape
-    pixels = np.zeros((slices, rows, columns, len(names)), np.uint8)
-    for number, name in enumerate(names):
-        pixels[..., number] = source.to_frames(masks[name] != 0, affine)
-    segmentation = Segmentation(
-        source_images=source.headers,
-        pixel_array=pixels,
-        segmentation_type=SegmentationTypeValues.BINARY,
-        segment_descriptions=[_describe(number, name, model) for number, name in enumerate(names, start=1)],
-        series_instance_uid=generate_uid(prefix=None),
-        series_number=series_number(source, 1),
-        sop_instance_uid=generate_uid(prefix=None),
-        instance_number=1,
+    options: dict[str, Any] = {
+        "segmentation_type": SegmentationTypeValues.BINARY,
+        "segment_descriptions": [
+            _describe(number, name, model) for number, name in enumerate(names, start=1)
+        ],
+        "series_instance_uid": generate_uid(prefix=None),
+        "series_number": series_number(source, 1),
+        "sop_instance_uid": generate_uid(prefix=None),
+        "instance_number": 1,
         **equipment(model),
-        content_label="LUNG_OPACITY",
-        content_description="Lungs and opacity",
-        series_description="Lungs and opacity, research use only",
-    )
-    return claim(segmentation, source)
+        "content_label": "LUNG_OPACITY",
+        "content_description": "Lungs and opacity",
+        "series_description": "Lungs and opacity, research use only",
+    }
+    frames = [source.to_frames(masks[name], affine) for name in names]
+    parts = []
+    # highdicom holds all frames of all segments, and a sum over them of eight bytes a voxel.
+    for first in reversed(range(0, len(source.headers), _STEP)):  # its frames run against the normal
+        slices = slice(first, first + _STEP)
+        pixels = np.stack([mask[slices] != 0 for mask in frames], axis=-1).astype(np.uint8)
+        if pixels.any():
+            headers = source.headers[slices]
+            parts.append(Segmentation(source_images=headers, pixel_array=pixels, **options))
+    return claim(parts[0] if len(source.headers) <= _STEP else _join(parts, source), source)
+
+
+def _join(parts: Sequence[Segmentation], source: SourceSeries) -> Segmentation:
+    """Make one object of those of successive slices, as if it had been made at once."""
+    from highdicom.seg import Segmentation
+
+    whole, size = parts[0], int(parts[0].Rows) * int(parts[0].Columns)
+    frames, before = [], 0
+    for part in parts:
+        count = int(part.NumberOfFrames)
+        bits = np.unpackbits(np.frombuffer(part.PixelData, np.uint8), count=count * size, bitorder="little")
+        highest = 0
+        groups = part.PerFrameFunctionalGroupsSequence
+        for group, pixels in zip(groups, bits.reshape(count, size), strict=True):
+            content = group.FrameContentSequence[0]
+            segment, position = (int(index) for index in content.DimensionIndexValues)
+            highest = max(highest, position)
+            content.DimensionIndexValues = [segment, before + position]
+            # Whole bytes wherever the frames have them.
+            packed = pixels.copy() if size % 8 else np.packbits(pixels, bitorder="little")
+            frames.append((segment, before + position, group, packed))
+        before += highest
+    frames.sort(key=lambda frame: frame[:2])
+    whole.PerFrameFunctionalGroupsSequence = [group for _, _, group, _ in frames]
+    whole.NumberOfFrames = len(frames)
+    joined = np.concatenate([pixels for *_, pixels in frames])
+    content = (np.packbits(joined, bitorder="little") if size % 8 else joined).tobytes()
+    whole.PixelData = content + b"\0" * (len(content) % 2)
+    overlaps = {part.SegmentsOverlap for part in parts}
+    whole.SegmentsOverlap = "YES" if "YES" in overlaps else whole.SegmentsOverlap
+    for holder, keyword in (
+        (whole, "SourceImageSequence"),
+        (whole.ReferencedSeriesSequence[0], "ReferencedInstanceSequence"),
+    ):
+        setattr(holder, keyword, [_refer(header) for header in source.headers])
+    return Segmentation.from_dataset(whole, copy=False)
+
+
+def _refer(header: Dataset) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID = header.SOPClassUID
+    item.ReferencedSOPInstanceUID = header.SOPInstanceUID
+    return item
 
 
 def _describe(number: int, name: str, model: Mapping[str, Any]) -> SegmentDescription:

@@ -45,7 +45,7 @@ def show_side_by_side(followup: Mapping[str, Any], pictures: Mapping[str, Mappin
     heights = _axial_levels(scans, frame) if matched else []
     depths = CORONAL_LEVELS if matched and frame.kind == "relative" else (0.5,) if any(thick) else ()
     said = [f"axial, {_height_said(frame, height)}" for height in heights]
-    said = said or ["axial, the slice with most opacity of each date"]
+    said = said or [f"axial, the {'slice with most opacity' if any(thick) else 'only slice'} of each date"]
     said += [
         f"coronal, {100 * depth:.0f} % of the way from the front to the back of the lungs" for depth in depths
     ]

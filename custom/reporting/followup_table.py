@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from custom.reporting.wording import escape, format_ml, format_signed, hide_path
 __all__ = ["draw_course"]
 
 _SIDES = ("total", "right", "left")
+_SERIES = re.compile(r"^series [\d.]+: ")  # 60 digits in a narrow table; the study's own page has them
 
 
 def draw_course(followup: Mapping[str, Any], links: Mapping[str, str], here: str = "") -> str:
@@ -64,7 +66,7 @@ def _table(followup: Mapping[str, Any], links: Mapping[str, str], here: str) -> 
         name = f'<a href="{escape(address)}">{day}</a>' if address and entry["study"] != here else day
         name = f"<b>{name}</b>" if entry["study"] == here else name
         if entry["status"] != "segmented":
-            reason = escape(hide_paths(str(entry["reason"])))
+            reason = escape(_SERIES.sub("", hide_paths(str(entry["reason"]))))
             rows.append(f'<tr><th>{name}</th><td class="none" colspan="11">no numbers: {reason}</td></tr>')
             continue
         cells = [_value(entry["opacity_volume_ml"][side]) for side in ("total", "right", "left")]

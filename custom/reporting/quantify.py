@@ -109,7 +109,7 @@ def measure_opacity(
     lung_voxels["total"] = None if out.absent else sum(n or 0 for n in lung_voxels.values())
     total = int(np.count_nonzero(found))
     side = np.zeros(total, np.uint8) if lungs is None else lungs[found]
-    values = np.zeros(total) if hu is None else hu[found].astype(np.float64)
+    values = np.zeros(total) if hu is None else hu[found]
     dense = values >= CONSOLIDATION_FROM_HU
     voxels = {
         name: _by_side(side[chosen], out.absent)
@@ -204,7 +204,7 @@ def _opacity_means(
     values: np.ndarray, side: np.ndarray, voxels: Mapping[str, int | None], known: bool
 ) -> dict[str, float | None]:
     sums = dict(zip(_WHERE, np.bincount(side, values, minlength=len(_WHERE)), strict=True))
-    sums["total"] = values.sum()
+    sums["total"] = values.sum(dtype=np.float64)
     return {key: round(float(sums[key] / n), 1) if known and n else None for key, n in voxels.items()}
 
 

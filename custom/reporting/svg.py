@@ -145,7 +145,7 @@ def draw_curve(points: Sequence[CurvePoint], unit: str, label: str) -> str:
         unit: of the values.
         label: heading.
     """
-    width, height, left, right, top, bottom = 520.0, 236.0, 46.0, 74.0, 34.0, 40.0
+    width, height, left, right, top, bottom = 520.0, 244.0, 46.0, 74.0, 42.0, 40.0
     known = [v for point in points for v in point.values.values() if v is not None]
     ceiling, step = _ticks(max([*known, 0.0]))
     span = max(points[-1].days - points[0].days, 1e-9)

@@ -16,6 +16,7 @@ from custom.transforms.lung import (
     NoLungError,
 )
 from custom.transforms.lung_extraction import extract_lungs
+from custom.transforms.pictures import LoadPictureD, LoadPictured, LoadPictureDict
 
 __all__ = [
     "CheckSameGridD",
@@ -30,6 +31,9 @@ __all__ = [
     "LoadCTD",
     "LoadCTDict",
     "LoadCTd",
+    "LoadPictureD",
+    "LoadPictureDict",
+    "LoadPictured",
     "LungMaskD",
     "LungMaskDict",
     "LungMaskd",

@@ -31,7 +31,7 @@ LEFT = ("models/checkpoint_latest.pt", "eval/scores.json", "cache/slices/a/image
 def bundle(tmp_path: Path) -> Path:
     """A copy of a bundle with weights and what training leaves beside it."""
     folder = tmp_path / NAME
-    shutil.copytree(ROOT / "bundles" / NAME, folder, ignore=shutil.ignore_patterns("*.pt", "eval", "cache"))
+    shutil.copytree(ROOT / "bundles" / NAME, folder, ignore=shutil.ignore_patterns("models", "eval", "cache"))
     (folder / "models").mkdir(exist_ok=True)
     torch.save({"weight": torch.arange(3.0)}, folder / "models" / "model.pt")
     for name in LEFT:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if (path / "configs").is_dir())
 NAME = "covid_ct_scoatnet_segmentation"
 STANDARDS = Standards.of_repository(ROOT)
-LEAVE = shutil.ignore_patterns("*.pt", "eval", "cache", "output", "data", "transfer", "__pycache__")
+LEAVE = shutil.ignore_patterns("models", "eval", "cache", "output", "data", "transfer", "__pycache__")
 
 
 @pytest.fixture
@@ -254,21 +254,23 @@ WRONG_NETWORK = [
         config("metadata", network_data_format__outputs__pred=None),
         "metadata.json does not say what goes into the network",
     ),
-    (config("train", network_def__channels=[4] * 5), "configs/train.json: network_def cannot be built"),
+    (config("train", channels=[4] * 5), "configs/train.json: network_def cannot be built"),
     (
-        config("inference", network_def__channels=[16, 64, 128, 256, 512]),
+        config("inference", channels=[16, 64, 128, 256, 512]),
         "configs/inference.json: what train.json trains does not fit its network: of 455 tensors",
     ),
     (
-        config("train", network_def={"_target_": "Compose", "transforms": "@deep_supervision"}),
+        config(
+            "train", network_def={"_target_": "Compose", "transforms": ["@deep_supervision", "@channels"]}
+        ),
         "configs/train.json: network_def depends on Compose, which is no network; it was not built",
     ),
     (
-        config("train", network_def__channels="$@train#trainer.run()"),
+        config("train", channels="$@train#trainer.run()"),
         'configs/train.json: network_def depends on a call, "$@train#trainer.run()"; it was not built',
     ),
     (
-        config("train", network_def__channels="@image_size", image_size="%early_stop"),
+        config("train", channels="@image_size", image_size="%early_stop"),
         "configs/train.json: network_def depends on EarlyStopHandler, which is no network",
     ),
 ]
@@ -304,7 +306,7 @@ def test_weights_that_fit_are_right_and_others_are_not(bundle):
     (bundle / "models").mkdir(exist_ok=True)
     path = bundle / "models" / "model.pt"
     for name in ("train", "inference"):
-        change(bundle / "configs" / f"{name}.json", network_def__channels=[8] * 5)
+        change(bundle / "configs" / f"{name}.json", channels=[8] * 5)
     network = build_network(json.loads((bundle / "configs" / "inference.json").read_text()))
     state = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in network.state_dict().items()}
     torch.save(state, path)

@@ -41,13 +41,15 @@ class Bundle:
             "num_workers": 0,
         }
 
-    def workflow(self, kind: str, names: tuple[str, ...], overrides: dict) -> ConfigWorkflow:
+    def workflow(
+        self, kind: str, names: tuple[str, ...], overrides: dict, reduced: bool = True
+    ) -> ConfigWorkflow:
         workflow = ConfigWorkflow(
             workflow_type=kind,
             config_file=self.config(*names),
             meta_file=str(self.folder / "configs" / "metadata.json"),
             logging_file=str(self.folder / "configs" / "logging.conf"),
-            **{**self.reduced, **overrides},
+            **{**(self.reduced if reduced else {}), **overrides},
         )
         workflow.initialize()
         return workflow
@@ -86,7 +88,8 @@ def train_evaluate_infer(bundle: Bundle, cohort: Path, work: Path) -> dict:
     state = torch.load(work / "models" / "model.pt", weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in state.values())
 
-    evaluation = bundle.workflow("train", ("train", "evaluate"), paths)
+    # Size and width of the network, window and size of its input come with the weights: nothing is said.
+    evaluation = bundle.workflow("train", ("train", "evaluate"), paths, reduced=False)
     assert evaluation.check_properties() == []
     evaluation.run()
     check_scores(work / "eval", cases=2)
@@ -103,7 +106,9 @@ def train_evaluate_infer(bundle: Bundle, cohort: Path, work: Path) -> dict:
             "output_dir": str(work / "output"),
             "ckpt_path": str(work / "models" / "model.pt"),
         },
+        reduced=False,
     )
+    assert inference.parser.get_parsed_content("image_size") == bundle.reduced["image_size"]
     assert inference.check_properties() == []
     inference.run()
     (report,) = (work / "output").rglob("*_report.json")
@@ -120,9 +125,17 @@ def check_scores(folder: Path, cases: int) -> None:
 
 
 def check_configs_agree(bundle: Bundle) -> None:
-    """train and inference define the same network and the same preparation of the image."""
+    """train defines what inference and evaluation take where nothing is beside the weights."""
     train, inference = ConfigParser(), ConfigParser()
     train.read_config(bundle.config("train"))
     inference.read_config(bundle.config("inference"))
-    for key in ("image_size", "network_def::_target_", "network_def::channels"):
-        assert train.get(key) == inference.get(key), key
+    assert train.get("network_def::_target_") == inference.get("network_def::_target_")
+    evaluate = json.loads(Path(bundle.config("evaluate")[0]).read_text(encoding="utf-8"))
+    told = set(train.get("weights_settings"))
+    for key in told:
+        taken = inference.get(key)
+        assert taken["_target_"] == "custom.bundle.trained_with" and taken["key"] == key
+        assert taken["default"] == train.get(key), key
+        assert evaluate.get(key, taken) == taken, key
+    assert {"image_size", "hu_window", "lung_margin_mm"} < told & set(evaluate)
+    assert json.dumps(inference.get("network_def")).count("@") == len(told) - 3

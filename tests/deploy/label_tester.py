@@ -7,11 +7,13 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ import nibabel as nib
 import numpy as np
 import requests
 
+from custom.bundle.packing import pack_bundle
+from custom.bundle.standards import Standards
 from custom.data.phantom_cohort import write_cohort
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -104,15 +108,28 @@ def segment(name: str, weights: Path, scans: Path, output: Path) -> dict[str, ni
     return {mask.name.removesuffix("_opacity.nii.gz"): nib.load(mask) for mask in masks}
 
 
-class Server:
-    """``scripts/serve_label.py``, and a client of what it serves."""
+def pack_and_unpack(name: str, folder: Path) -> Path:
+    """A bundle without weights, as who gets its zip has it."""
+    source = folder / "source" / name
+    leave = shutil.ignore_patterns("models", "eval", "cache")
+    shutil.copytree(ROOT / "bundles" / name, source, ignore=leave)
+    packed = pack_bundle(source, folder / f"{name}.zip", Standards.of_repository(ROOT).requirements)
+    with zipfile.ZipFile(packed.path) as archive:
+        archive.extractall(folder / "unpacked")
+    return folder / "unpacked" / name
 
-    def __init__(self, folder: Path, models: dict[str, Path], studies: str) -> None:
+
+class Server:
+    """``scripts/serve_label.py`` on bundles of the repository or unpacked zips, and a client of it."""
+
+    def __init__(
+        self, folder: Path, models: dict[str, Path], studies: str, unpacked: dict[str, Path] | None = None
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = folder / "serve_label.txt"
-        bundles = [str(ROOT / "bundles" / name) for name in models]
+        bundles = [str((unpacked or {}).get(name, ROOT / "bundles" / name)) for name in models]
         known = {key for name in models for key in settings_of(name)}
         settings = [f"{key}={json.dumps(value)}" for key, value in SMALL.items() if key in known]
         command = [sys.executable, str(ROOT / "scripts" / "serve_label.py"), "--studies", studies]
@@ -193,9 +210,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, models: dict[str, Path], studies: str) -> Iterator[Server]:
+def serving(
+    folder: Path, models: dict[str, Path], studies: str, unpacked: dict[str, Path] | None = None
+) -> Iterator[Server]:
     folder.mkdir(parents=True, exist_ok=True)
-    server = Server(folder, models, studies)
+    server = Server(folder, models, studies, unpacked)
     try:
         yield server
     finally:

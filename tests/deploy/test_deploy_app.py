@@ -11,19 +11,16 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from label_tester import ROOT, SCOATNET, TALKED_TO, settings_of
+from label_tester import ROOT, SCOATNET, TALKED_TO, pack_and_unpack, settings_of
 from pydicom import dcmread
 from report_checks import check_dicom, read_segment
 
-from custom.bundle.packing import pack_bundle
-from custom.bundle.standards import Standards
 from custom.data import write_dicom_series
 from custom.data.phantom import make_phantom
 from custom.deployment.label_environment import default_folder
@@ -38,17 +35,11 @@ CT = "1.2.840.10008.5.1.4.1.1.2"
 
 @pytest.fixture(scope="module")
 def bundle(models, tmp_path_factory) -> Path:
-    """A bundle with weights, packed and unpacked."""
-    folder = tmp_path_factory.mktemp("bundle")
-    source = folder / "source" / SCOATNET
-    leave = shutil.ignore_patterns("models", "eval", "cache")
-    shutil.copytree(ROOT / "bundles" / SCOATNET, source, ignore=leave)
-    (source / "models").mkdir()
-    shutil.copy(models[SCOATNET], source / "models" / "model.pt")
-    packed = pack_bundle(source, folder / "bundle.zip", Standards.of_repository(ROOT).requirements)
-    with zipfile.ZipFile(packed.path) as archive:
-        archive.extractall(folder / "models")
-    return folder / "models" / SCOATNET
+    """An unpacked bundle, and weights in it."""
+    folder = pack_and_unpack(SCOATNET, tmp_path_factory.mktemp("bundle"))
+    (folder / "models").mkdir()
+    shutil.copy(models[SCOATNET], folder / "models" / "model.pt")
+    return folder
 
 
 @pytest.fixture(scope="module")

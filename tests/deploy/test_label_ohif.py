@@ -94,6 +94,8 @@ def uids(folder: Path) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def orthanc(work, series, gap):
     with running_orthanc(work / "orthanc") as running:
+        versions = [running.get(path)["Version"] for path in ("/system", "/plugins/dicom-web")]
+        TALKED_TO.append(f"Orthanc {versions[0]}, DICOMweb {versions[1]}: {running.dicomweb}")
         for folder in (series, gap):
             running.upload(path for path in sorted(folder.iterdir()) if path.suffix.lower() != ".txt")
         yield running
@@ -234,3 +236,13 @@ def test_a_saved_label_goes_to_the_server_and_training_reads_it_from_there(
     read = nib.load(local)
     assert np.array_equal(np.asarray(read.dataobj) > 0, np.asarray(expected.dataobj) > 0)
     assert np.allclose(read.affine, expected.affine, atol=1e-4)
+
+
+def test_the_log_does_not_tell_whose_the_studies_are(server, series, gap):
+    """After everything above: inference, a saved label, training."""
+    said = server.log() + server.said()
+    assert uids(series)[1] in said, "the log is that of these studies"
+    for folder in (series, gap):
+        header = pydicom.dcmread(next(iter(sorted(folder.glob("*.dcm")))), stop_before_pixels=True)
+        for value in (header.PatientID, header.PatientName):
+            assert not value or str(value) not in said, value

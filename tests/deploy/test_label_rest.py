@@ -12,7 +12,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 import requests
-from label_tester import NAMES, SCOATNET, check_same, listening_addresses, segment, serving, sha256
+from label_tester import (
+    NAMES,
+    NCOVSEGNET,
+    SCOATNET,
+    check_same,
+    listening_addresses,
+    pack_and_unpack,
+    segment,
+    serving,
+    sha256,
+)
 
 from custom.data.files import write_nifti
 from custom.data.phantom_cohort import write_cohort
@@ -44,8 +54,14 @@ def scans(work):
 
 
 @pytest.fixture(scope="module")
-def server(work, models, scans):
-    with serving(work / "server", models, str(scans)) as started:
+def unpacked(work):
+    """One of the three comes from a zip, the others from the repository."""
+    return {NCOVSEGNET: pack_and_unpack(NCOVSEGNET, work / "zip")}
+
+
+@pytest.fixture(scope="module")
+def server(work, models, scans, unpacked):
+    with serving(work / "server", models, str(scans), unpacked) as started:
         yield started
 
 
@@ -136,12 +152,14 @@ def test_labels_are_saved_and_a_round_of_training_changes_what_is_served(
     assert sha256(server.weights(NAMES[1])) == before[NAMES[1]]
 
 
-def test_it_stops_with_all_it_has_started_and_a_restart_keeps_what_was_trained(server, work, models, scans):
+def test_it_stops_with_all_it_has_started_and_a_restart_keeps_what_was_trained(
+    server, work, models, scans, unpacked
+):
     assert server.stop(signal.SIGINT) == 0 and "stopping" in server.said()
     assert not listening_addresses(server.port)
     trained = sha256(server.weights(SCOATNET))
     assert trained != sha256(models[SCOATNET])
-    with serving(work / "server", models, str(scans)) as again:
+    with serving(work / "server", models, str(scans), unpacked) as again:
         assert sha256(again.weights(SCOATNET)) == trained
         assert f"{SCOATNET}: weights trained here" in again.said()
         assert set(again.get("/info/")["models"]) == set(NAMES)

@@ -19,6 +19,7 @@ import torch
 from monai.bundle import ConfigParser
 
 import custom
+from custom.bundle.settings import read_settings, write_settings
 from custom.deployment.label_bundle import deploy_bundle, parse_setting
 from custom.deployment.label_environment import build_environment, default_folder
 from custom.deployment.segment_codes import complete_label_info
@@ -100,6 +101,29 @@ def test_the_copy_has_what_the_server_needs_and_the_bundle_is_left_alone(bundle,
     assert {p: p.read_bytes() for p in before if p.name != "a.pt"} == {
         p: content for p, content in before.items() if p.name != "a.pt"
     }
+
+
+def test_settings_beside_the_weights_go_with_them_into_both_configs(bundle, tmp_path):
+    told = {"hu_window": [-1100, 300], "image_size": [64, 64], "channels": [4] * 5, "attention": True}
+    write_settings(tmp_path / "mine.pt", told)
+    shutil.copy(bundle / "models" / "model.pt", tmp_path / "mine.pt")
+    deployed = deploy_bundle(bundle, tmp_path / "app", tmp_path / "mine.pt", {"image_size": [32, 32]})
+    assert deployed.settings == {"image_size"}, "only what was asked for"
+    assert read_settings(deployed.folder / "models" / "model.pt") == told
+    for name in ("inference", "train"):
+        config = json.loads((deployed.folder / "configs" / f"{name}.json").read_text())
+        assert config["hu_window"] == [-1100, 300] and config["channels"] == [4] * 5
+        assert config["image_size"] == [32, 32], "what is asked for wins"
+    # Weights trained in the copy have settings of their own.
+    write_settings(deployed.folder / "models" / "model.pt", {**told, "hu_window": [-900, 200]})
+    torch.manual_seed(2)
+    torch.save(network(bundle, **SETTINGS).state_dict(), deployed.folder / "models" / "model.pt")
+    deploy_bundle(bundle, tmp_path / "app", tmp_path / "mine.pt")
+    config = json.loads((deployed.folder / "configs" / "train.json").read_text())
+    assert config["hu_window"] == [-900, 200] and config["image_size"] == [64, 64]
+    (tmp_path / "mine.json").write_text("{")
+    with pytest.raises(ValueError, match=r"mine.json: is not JSON"):
+        deploy_bundle(bundle, tmp_path / "app", tmp_path / "mine.pt")
 
 
 def test_weights_trained_in_the_copy_stay_until_fresh_ones_are_asked_for(bundle, tmp_path):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from monai.handlers import (
 )
 from torch import nn
 
+from custom.bundle.settings import read_settings, write_settings
 from custom.data import EpochSampler
-from custom.handlers import ProgressBar, TrainingCheckpoint
+from custom.handlers import ProgressBar, TrainingCheckpoint, checkpoint
 
 
 class Keyed(torch.utils.data.Dataset):
@@ -44,6 +46,7 @@ def build(
     resume: bool = True,
     average: bool = False,
     num_workers: int = 0,
+    settings: dict | None = None,
 ) -> SupervisedTrainer:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
@@ -68,6 +71,7 @@ def build(
         evaluator,
         resume=resume,
         exported=None if ema is None else ema.ema_model,
+        settings=settings,
     )
     data = Keyed()
     trainer = SupervisedTrainer(
@@ -298,3 +302,75 @@ def test_a_hostile_checkpoint_is_not_run(tmp_path):
     torch.save({"network": Bomb()}, tmp_path / "checkpoint_latest.pt", pickle_module=pickle)
     build(tmp_path, 2).run()
     assert not (tmp_path / "exploded").exists()
+
+
+SETTINGS = {"hu_window": [-1100, 300], "image_size": [8, 8]}
+
+
+def test_settings_are_written_before_the_weights_that_need_them(tmp_path, monkeypatch):
+    build(tmp_path, 1, settings={**SETTINGS, "channels": None}).run()
+    assert read_settings(tmp_path / "model.pt") == SETTINGS
+    seen = []
+    replace = os.replace
+
+    def watch(old, new):
+        if Path(new).name in ("model.pt", "model.json"):
+            seen.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", watch)
+    build(tmp_path / "again", 1, settings=SETTINGS).run()
+    assert seen == ["model.json", "model.pt"]
+    with pytest.raises(ValueError, match="hu_window is 5"):
+        build(tmp_path, 1, settings={"hu_window": 5})
+
+
+def shipped(folder: Path) -> tuple[bytes, str]:
+    folder.mkdir(exist_ok=True)
+    torch.save({"weight": torch.arange(5.0)}, folder / "model.pt")
+    write_settings(folder / "model.pt", {"hu_window": [-1000, 400]})
+    content = (folder / "model.pt").read_bytes()
+    return content, f"model_{hashlib.sha256(content).hexdigest()[:8]}"
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, None])
+def test_weights_of_another_training_are_kept_with_their_settings(tmp_path, settings, caplog):
+    caplog.set_level("INFO")
+    content, kept = shipped(tmp_path)
+    build(tmp_path, 3, settings=settings).run()
+    assert (tmp_path / f"{kept}.pt").read_bytes() == content
+    assert read_settings(tmp_path / f"{kept}.pt") == {"hu_window": [-1000, 400]}
+    assert (tmp_path / "model.pt").read_bytes() != content
+    assert read_settings(tmp_path / "model.pt") == (settings or {}), "not those of the other weights"
+    assert caplog.text.count(f"kept as {kept}.pt") == 1
+    before = sorted(tmp_path.iterdir())
+    build(tmp_path, 5, settings=settings).run()
+    assert sorted(tmp_path.iterdir()) == before, "a resumed training has only its own to replace"
+    build(tmp_path, 1, resume=False, settings=settings).run()
+    assert len(list(tmp_path.glob("model_*.pt"))) == 2, "a training that starts afresh is another one"
+
+
+def test_a_kill_between_the_weights_and_the_first_checkpoint_leaves_no_second_copy(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, 2).run()
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    build(tmp_path, 2).run()
+    assert not list(tmp_path.glob("model_*"))
+
+
+def test_a_full_disk_leaves_weights_of_another_training_where_they_are(tmp_path, monkeypatch):
+    content, _ = shipped(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        build(tmp_path, 1, settings=SETTINGS).run()
+    assert (tmp_path / "model.pt").read_bytes() == content
+    assert read_settings(tmp_path / "model.pt") == {"hu_window": [-1000, 400]}

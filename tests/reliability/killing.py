@@ -121,7 +121,7 @@ def kill_at_random(
     folder.mkdir(parents=True)
     code, length = run_command(make(whole), log)
     if code:
-        account.lost.append(f"it does not even run undisturbed: exit code {code}, see {log}")
+        account.lost.append(f"it does not even run undisturbed: exit code {code}; {_tail(log)}")
         return account
     done = writing = torn = finished = left = 0
     while done < kills:
@@ -135,24 +135,32 @@ def kill_at_random(
                 break
             done, writing = done + 1, writing + at_a_write
             account.lost += torn_files(run)
-            if checkpoints and chance.random() < 0.25:
-                torn += _tear_a_checkpoint(run, chance)
+            damaged = _tear_a_checkpoint(run, chance) if checkpoints and chance.random() < 0.25 else 0
+            torn += damaged
+            progress(
+                f"{name}: kill {done} of {kills}{' in a write' if at_a_write else ''}"
+                f"{', then a checkpoint damaged' if damaged else ''}"
+            )
             if done == kills:
                 code, _ = run_command(make(run), log)
                 status = code
                 break
         if status:
-            account.lost.append(f"started again it ends with exit code {status}, see {log}")
+            account.lost.append(f"started again it ends with exit code {status}; {_tail(log)}")
             break
         finished += 1
         account.lost += differences(whole, run)
         left += len(leftovers(run))
-        progress(f"{name}: {done} of {kills} kills, {finished} times run to its end")
+        progress(f"{name}: run to its end, {'equal' if not account.lost else 'NOT EQUAL'}")
     account.tried = f"{done} kills ({writing} in a write"
     account.tried += f", {torn} checkpoints damaged)" if checkpoints else ")"
     account.tried += f", {finished} finished; {left} hidden leftovers"
     account.seconds = time.monotonic() - started
     return account
+
+
+def _tail(log: Path) -> str:
+    return f"its last words: {log.read_text(encoding='utf-8', errors='replace')[-1500:]}"
 
 
 def _wait(pid: int, seconds: float, watched: Path | None) -> tuple[bool, int]:

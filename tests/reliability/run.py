@@ -1,7 +1,7 @@
 # Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
 """Kill, starve and feed rubbish to every entry point, and account for what was lost.
 
-make test-reliability                                   all of it, under half an hour on two CPU cores
+make test-reliability                                   all of it, under half an hour on two idle CPU cores
 python tests/reliability/run.py --only kills --seed 7   a part, with the same random moments as another time
 
 The exit code is 0 when nothing was lost.

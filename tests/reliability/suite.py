@@ -5,26 +5,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 from bundle_tester import ROOT, Bundle, bundle_command
-from killing import Account, Command, kill_at_random
+from interrupting import interrupt_command, interruption_faults
+from killing import Account, Command, kill_at_random, run_command
 from lidc_phantom import write_case
 from monai.networks.nets import resnet50
+from rows import print_table, run_tests, say
 from threshold_model import BUNDLE as THRESHOLD
 from threshold_model import inference_overrides
+from wholeness import differences
 
 from custom.data import make_phantom, read_datalist, write_json
 from custom.data.phantom_cohort import write_cohort
@@ -45,6 +48,7 @@ BUNDLES = [
         reduced={"image_size": [64, 64], "width": 0.02, "batch_size": 4, "scales": [0.5, 1.0]},
     ),
 ]
+PARTS = ["kills", "interrupts", "inputs", "fuzz"]
 EPOCHS = 8
 FUZZ_FACTOR = 25
 TABLES = [
@@ -52,7 +56,12 @@ TABLES = [
     "tests/scripts/test_bad_input_table.py",
     "tests/bundles/test_full_disk.py",
     "tests/data/test_files.py",
+    "tests/bundles/test_interrupt.py",
+    "tests/bundles/test_distributed_inference.py",
+    "tests/data/test_work.py",
     "tests/handlers/test_checkpoint.py",
+    "tests/handlers/test_shares.py",
+    "tests/test_console.py",
 ]
 PROPERTIES = [
     "tests/data/test_datalist_properties.py",
@@ -78,30 +87,66 @@ class Kills:
         self.cohort = folder / "cohort"
         write_cohort(self.cohort, 6, seed=3, shape=(48, 48, 6), spacing=(7.2, 7.2, 45.0), n_folds=3)
 
-    def commands(self) -> dict[str, tuple[Callable[[Path], Command], bool]]:
-        """Makers of commands, and whether they write checkpoints."""
-        made: dict[str, tuple[Callable[[Path], Command], bool]] = {}
+    def commands(self) -> dict[str, tuple[Callable[[Path], Command], bool, int]]:
+        """Makers of commands, whether they write checkpoints, and how many kills they get."""
+        few = -(-self.kills // 3)
+        made: dict[str, tuple[Callable[[Path], Command], bool, int]] = {}
         for bundle in BUNDLES:
-            made[f"training of {bundle.name}"] = (lambda out, b=bundle: self.training(b, out), True)
-        made["training with two workers"] = (lambda out: self.training(BUNDLES[2], out, num_workers=2), True)
+            made[f"training of {bundle.name}"] = (
+                lambda out, b=bundle: self.training(b, out),
+                True,
+                self.kills,
+            )
         for bundle in BUNDLES:
-            made[f"transfer of {bundle.name}"] = (lambda out, b=bundle: self.transfer(b, out), True)
-        made["inference"] = (self.inference, False)
-        made["prepare_covid"] = (self.prepare_covid, False)
-        made["prepare_lidc"] = (self.prepare_lidc, False)
-        made["make_phantoms"] = (self.make_phantoms, False)
+            made[f"transfer of {bundle.name}"] = (lambda out, b=bundle: self.transfer(b, out), True, few)
+        workers = {"num_workers": 2}
+        made["training with two workers"] = (lambda out: self.training(BUNDLES[1], out, **workers), True, few)
+        made["inference"] = (self.inference, False, few)
+        made["prepare_covid"] = (self.prepare_covid, False, few)
+        made["prepare_lidc"] = (self.prepare_lidc, False, few)
+        made["make_phantoms"] = (self.make_phantoms, False, few)
         return made
 
-    def run(self) -> list[Account]:
+    def run(self, wanted: str = "") -> list[Account]:
+        """Kill the commands whose name has this in it."""
         accounts = []
-        for number, (name, (make, checkpoints)) in enumerate(self.commands().items()):
+        for number, (name, (make, checkpoints, kills)) in enumerate(self.commands().items()):
+            if wanted not in name:
+                continue
             place = self.folder / f"kills_{number}"
-            accounts.append(
-                kill_at_random(name, make, place, self.kills, self.chance, checkpoints, progress=say)
-            )
-            if not accounts[-1].lost:
-                shutil.rmtree(place)
+            accounts.append(kill_at_random(name, make, place, kills, self.chance, checkpoints, progress=say))
+            shutil.rmtree(place)
         return accounts
+
+    def interrupt(self) -> Account:
+        """Ctrl-C at random moments after the first checkpoint of a training with workers; then to its end."""
+        account, started = Account("Ctrl-C in a training with two workers"), time.monotonic()
+        place = self.folder / "interrupts"
+        place.mkdir()
+        bundle, done = BUNDLES[1], 0
+
+        def command(out: Path) -> Command:
+            return self.training(bundle, out, num_workers=2)
+
+        code, length = run_command(command(place / "whole"), place / "log.txt")
+        if code:
+            account.lost.append(f"it does not even run undisturbed: exit code {code}")
+        for number in range(-(-self.kills // 3)):
+            run = place / f"run_{number}"
+            latest = run / "models" / "checkpoint_latest.pt"
+            words = [sys.executable, "-m", "monai.bundle", *command(run).words]
+            ended = interrupt_command(words, latest.is_file, self.chance.uniform(0, 0.6 * length))
+            if ended[0] != 0:  # else it had ended before
+                done += 1
+                account.lost += interruption_faults(*ended)
+            code, _ = run_command(command(run), place / "log.txt")
+            account.lost += [f"started again it ends with exit code {code}"] if code else []
+            account.lost += differences(place / "whole", run)
+            say(f"{account.name}: {done}, run to its end, {'NOT EQUAL' if account.lost else 'equal'}")
+        account.tried = f"{done} times; one line, exit code 130, then run to its end"
+        account.seconds = time.monotonic() - started
+        shutil.rmtree(place)
+        return account
 
     def training(self, bundle: Bundle, out: Path, **more: int) -> Command:
         paths = {**bundle.training_paths(out, self.cohort), "epochs": EPOCHS, **more}
@@ -176,28 +221,22 @@ def script(name: str, *words: object) -> Command:
     return Command(str(ROOT / "scripts" / f"{name}.py"), [str(word) for word in words])
 
 
-def run_tests(name: str, files: list[str], what: str, **environment: str) -> Account:
-    """Run tests as one row of the account."""
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider", *files],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lost = re.findall(r"^(?:FAILED|ERROR) (.+)$", done.stdout, re.MULTILINE)
-    if done.returncode and not lost:
-        lost = [f"pytest ended with exit code {done.returncode}: {done.stdout[-500:]}"]
-    if lost:
-        print(done.stdout[-5000:])
-    passed = (re.findall(r"(\d+) passed", done.stdout) or ["0"])[-1]
-    return Account(name, f"{passed} {what}", lost, time.monotonic() - started)
-
-
-def say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+def run_parts(parts: list[str], options: argparse.Namespace, seed: int, folder: Path) -> list[Account]:
+    """Run some of the parts, one after the other."""
+    accounts = []
+    if "kills" in parts:
+        accounts += Kills(folder, options.kills, seed).run(options.commands)
+    if "interrupts" in parts:
+        (folder / "ctrl_c").mkdir()
+        accounts.append(Kills(folder / "ctrl_c", options.kills, seed).interrupt())
+    if "inputs" in parts:
+        say("bad inputs, full disk, Ctrl-C, several processes")
+        accounts.append(run_tests("bad inputs, full disk, processes", TABLES, "tests of every entry point"))
+    if "fuzz" in parts:
+        say(f"properties and fuzzing, {FUZZ_FACTOR} times as often as in the tests")
+        factor = {"FUZZ_FACTOR": str(FUZZ_FACTOR)}
+        accounts.append(run_tests("properties and fuzzing", PROPERTIES, "properties", **factor))
+    return accounts
 
 
 def main(description: str) -> int:
@@ -212,36 +251,48 @@ def main(description: str) -> int:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=20, help="of each command (default: 20)")
+    parser.add_argument("--kills", type=int, default=20, help="of each training; others get a third")
     parser.add_argument("--seed", type=int, default=None, help="of the moments (default: another each time)")
-    parser.add_argument("--only", nargs="+", choices=["kills", "inputs", "fuzz"], help="these parts")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts, one after the other")
     parser.add_argument("--commands", default="", help="kill only commands whose name has this in it")
+    parser.add_argument("--rows", type=Path, help="file for the rows of the table, instead of the table")
     options = parser.parse_args()
-    parts = options.only or ["kills", "inputs", "fuzz"]
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
-    say(f"seed {seed}; one thread; Python {sys.version.split()[0]}, torch {torch.__version__}")
     torch.set_num_threads(1)
-    started, accounts = time.monotonic(), []
-    folder = Path(tempfile.mkdtemp(prefix="reliability-"))
-    if "kills" in parts:
-        kills = Kills(folder, options.kills, seed)
-        wanted = {name: made for name, made in kills.commands().items() if options.commands in name}
-        kills.commands = lambda: wanted  # type: ignore[method-assign]
-        accounts += kills.run()
-    if "inputs" in parts:
-        say("bad inputs, full disk, Ctrl-C")
-        accounts.append(run_tests("bad inputs, full disk, Ctrl-C", TABLES, "tests of every entry point"))
-    if "fuzz" in parts:
-        say(f"properties and fuzzing, {FUZZ_FACTOR} times as often as in the tests")
-        factor = {"FUZZ_FACTOR": str(FUZZ_FACTOR)}
-        accounts.append(run_tests("properties and fuzzing", PROPERTIES, "properties", **factor))
-    print(f"\n{'what':52}{'tried':75}{'lost':10}time")
-    for account in accounts:
-        lost = f"{len(account.lost)} !" if account.lost else "nothing"
-        print(f"{account.name:52}{account.tried:75}{lost:10}{account.seconds:.0f} s")
-    lost = [f"{account.name}: {line}" for account in accounts for line in account.lost]
-    print(f"\nlost: {json.dumps(lost, indent=2, ensure_ascii=False) if lost else 'nothing'}")
-    print(f"seed {seed}, {time.monotonic() - started:.0f} s", f"; see {folder}" if lost else "")
-    if not lost:
-        shutil.rmtree(folder)
-    return 1 if lost else 0
+    started = time.monotonic()
+    if not options.rows:
+        say(f"seed {seed}; one thread; Python {sys.version.split()[0]}, torch {torch.__version__}")
+    beside: subprocess.Popen | None = None
+    # Whatever happens, nothing is left behind; what was lost is told with the last words of its log.
+    with tempfile.TemporaryDirectory(prefix="reliability-") as name:
+        folder = Path(name)
+        try:
+            if options.only:
+                accounts = run_parts(options.only, options, seed, folder)
+            else:
+                # The kills take one core, and the rest another.
+                words = [
+                    sys.executable,
+                    sys.argv[0],
+                    "--only",
+                    *PARTS[1:],
+                    "--rows",
+                    str(folder / "rows.json"),
+                ]
+                beside = subprocess.Popen([*words, "--seed", str(seed), "--kills", str(options.kills)])
+                accounts = run_parts(PARTS[:1], options, seed, folder)
+                if beside.wait() in (0, 1) and (folder / "rows.json").is_file():
+                    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+                    accounts += [Account(**row) for row in rows]
+                else:
+                    accounts.append(Account(", ".join(PARTS[1:]), lost=["it did not come to an end"]))
+        finally:
+            if beside is not None and beside.poll() is None:
+                beside.send_signal(signal.SIGINT)
+                beside.wait()
+    if options.rows:
+        write_json(options.rows, [asdict(account) for account in accounts])
+    else:
+        print_table(accounts)
+        print(f"seed {seed}, {time.monotonic() - started:.0f} s")
+    return int(any(account.lost for account in accounts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from html import unescape
 from pathlib import Path
 
 import nibabel as nib
@@ -17,6 +18,9 @@ from scipy import ndimage
 
 from custom.data import read_scan, write_dicom_series, write_nifti
 from custom.data.masks import LUNG_SEGMENTS, OPACITY_SEGMENT, place_mask, read_mask
+from custom.data.phantom import make_phantom
+from custom.reporting.dicom_source import patient_key
+from custom.reporting.wording import format_ml, why
 from custom.transforms import extract_lungs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -198,6 +202,32 @@ def test_an_empty_mask_and_a_scan_without_lungs(make_report, chest, files, tmp_p
     assert "no lung was found" in page_of(tmp_path / "b")
 
 
+def test_one_lung_absent_and_no_study_date(make_report, tmp_path):
+    """A left lung without air, as in a white-out: the numbers that need it are null, with the reason."""
+    phantom = make_phantom((96, 96, 24), (3.6, 3.6, 12.0), seed=3, lesions=[])
+    hu = np.where(phantom.lungs == 1, 40, phantom.image)
+    opacity = np.zeros(hu.shape, np.uint8)
+    opacity[tuple(np.argwhere(phantom.lungs == 2)[::10].T)] = 1
+    for file in write_dicom_series(tmp_path / "scan", hu, phantom.affine, patient_id="ID-4711"):
+        header = dcmread(file)
+        for tag in ("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate"):
+            header.pop(tag, None)
+        header.save_as(file)
+    write_nifti(tmp_path / "mask.nii.gz", opacity, phantom.affine)
+    assert make_report(tmp_path / "scan", tmp_path / "mask.nii.gz", tmp_path / "out") == 0
+    report = read(tmp_path / "out")
+    millilitres = opacity.sum() * 3.6 * 3.6 * 12.0 / 1000
+    assert report["opacity_volume_ml"]["total"] == pytest.approx(millilitres, abs=1e-3), "that of the mask"
+    assert report["source"]["study_date"] is None and report["lung_volume_ml"]["left"] is None
+    for path in ("opacity_percent_of_lung.left", "opacity_percent_of_lung.total", "severity.score"):
+        group, field = path.split(".")
+        assert report[group][field] is None and "left lung" in why(report, path), path
+    assert unexplained(report) == []
+    assert "left_lung" not in report["dicom"]["segments"] and "right_lung" in report["dicom"]["segments"]
+    page = page_of(tmp_path / "out")
+    assert "The left lung was not found" in page and "study date not known" in page
+
+
 def test_the_value_of_opacity_is_asked_for_where_it_is_not_plain(make_report, chest, files, tmp_path):
     labels = chest.opacity * 3
     labels[0, 0, 0] = 7
@@ -314,7 +344,8 @@ def test_deidentified_reports_make_no_follow_up_on_their_own(make_report, follow
 
 
 def test_real_patients_over_two_dates(make_report, follow_up, ct_data, tmp_path):
-    """One slice a date: masks by threshold; the fifth patient's slices show no lung."""
+    """One slice a date: masks by threshold; one patient's slices show no lung."""
+    keys = {}
     for patient in sorted((ct_data / "covid_hu_slices").iterdir()):
         for number, file in enumerate(sorted(patient.iterdir())):
             folder = tmp_path / f"{patient.name}-{number}"
@@ -327,20 +358,30 @@ def test_real_patients_over_two_dates(make_report, follow_up, ct_data, tmp_path)
             mask = tmp_path / f"{folder.name}.nii.gz"
             nib.save(nib.Nifti1Image(opacity.astype(np.uint8), scan.affine), mask)
             code = make_report(folder, mask, tmp_path / "out", "--no-dicom")
-            assert code == (0 if lungs.any() else 2), folder.name
+            assert code == (2 if patient.name == "A027284" else 0), folder.name
+            keys[patient.name] = patient_key(str(file))
     assert follow_up(tmp_path / "out") == 0
-    found = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("followup_*.json")]
-    assert len(found) == 5
-    without = [f for f in found if f["studies"][0]["opacity_volume_ml"]["total"] is None]
-    assert len(without) == 1 and without[0]["course"] is None
-    for entry in without[0]["studies"]:
-        assert entry["status"] == "failed" and "no lung was found" in entry["reason"]
-    for followup in found:
-        assert followup["course"] is None, "single slices, of levels that are not known"
-        if followup is without[0]:
-            continue
+    assert len(keys) == 5 and len(set(keys.values())) == 5
+    for patient, key in keys.items():
+        followup = json.loads((tmp_path / "out" / f"followup_{key}.json").read_text(encoding="utf-8"))
+        page = (tmp_path / "out" / f"followup_{key}.html").read_text(encoding="utf-8")
         before, after = followup["studies"]
+        assert followup["course"] is None and followup["reasons"]["course"] in unescape(page)
+        if patient == "A027284":
+            assert "fewer than two studies have both numbers and a date" in followup["reasons"]["course"]
+            for entry in (before, after):
+                assert entry["status"] == "failed" and "no lung was found" in entry["reason"]
+                assert entry["opacity_volume_ml"]["total"] is None
+            assert page.count("no numbers: no lung was found; is it a chest CT?") == 2
+            assert "<svg" not in page, "no curve and no picture of what was not measured"
+            continue
+        assert "single slice" in followup["reasons"]["course"], "their levels are not known"
         change = after["opacity_volume_ml"]["total"] - before["opacity_volume_ml"]["total"]
         assert after["since_prior"]["change_ml"]["total"] == pytest.approx(change, abs=2e-3)
-        assert before["opacity_volume_ml"]["total"] > 0 and after["opacity_percent_of_lung"]["total"] > 0
-        assert "single slice" in followup["reasons"]["course"]
+        for entry in (before, after):
+            assert entry["opacity_volume_ml"]["total"] > 0 and entry["opacity_percent_of_lung"]["total"] > 0
+            assert f"LOV {format_ml(entry['opacity_volume_ml']['total'])} mL" in page, (
+                "printed on its picture"
+            )
+        assert page.count('<svg class="curve"') == 2 and page.count('<svg class="picture"') == 2
+        assert "axial, the only slice of each date" in page

@@ -23,7 +23,7 @@ SMALL = {
     "covid_ct_attention_unet_segmentation": {"image_size": [32, 32], "network_def::channels": [4] * 5},
     "covid_ct_ncovsegnet_segmentation": {"image_size": [64, 64], "width": 0.02},
 }
-LEAVE = shutil.ignore_patterns("*.pt", "eval", "cache", "output", "data", "transfer")
+LEAVE = shutil.ignore_patterns("models", "eval", "cache", "output", "data", "transfer")
 SCOATNET = "covid_ct_scoatnet_segmentation"
 
 
