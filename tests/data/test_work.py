@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import sys
-import time
 
 from custom.data.work import work_through
 from tests.interrupting import interrupt_command, interruption_faults
@@ -14,7 +13,7 @@ import custom
 from custom.data.work import work_through
 if __name__ == "__main__":
     custom.console.start()
-    for _ in work_through(time.sleep, [0, 0, 60, 60], 2, "working", "item"):
+    for _ in work_through(time.sleep, [0, 0, 3600, 3600], 2, "working", "item"):
         Path(sys.argv[1]).touch()
 """
 
@@ -22,9 +21,7 @@ if __name__ == "__main__":
 def test_an_interrupt_does_not_wait_for_the_workers_and_they_are_silent(tmp_path):
     ready = tmp_path / "ready"
     words = [sys.executable, "-c", f"import sys; sys.path.insert(0, '.')\n{PROGRAM}", str(ready)]
-    started = time.monotonic()
     assert not interruption_faults(*interrupt_command(words, ready.exists))
-    assert time.monotonic() - started < 60
 
 
 def test_results_are_those_of_a_plain_loop():
