@@ -122,6 +122,8 @@ class SliceDataset(Dataset):
                 batch_size=None,
                 num_workers=min(self.num_workers, len(missing)),
                 collate_fn=_as_is,
+                # Else the network's first weights would depend on what had been prepared before.
+                generator=torch.Generator(),
             )
             bar = tqdm(
                 loader, desc="preparing cases", unit="case", dynamic_ncols=True, mininterval=bar_interval()

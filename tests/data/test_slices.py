@@ -119,6 +119,16 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone(cases, tmp_
     assert not torch.equal(epoch(0, 3, 0), epoch(1, 3, 0))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_preparation_draws_nothing_at_random(cases, tmp_path, num_workers):
+    """Weights that are made afterwards must not depend on what had been prepared before."""
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    assert len(SliceDataset(cases, read(), [], tmp_path / "cache", num_workers=num_workers)) == 7
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_an_epoch_draws_every_slice_once(cases, tmp_path):
     dataset = SliceDataset(cases, read(), [], tmp_path / "cache")
     sampler = EpochSampler(dataset, seed=5)
