@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from custom.bundle.half import export_half
-from custom.bundle.manifest import file_sha256
 from custom.bundle.settings import read_settings, settings_file
 from custom.console import command
+from custom.data.files import file_sha256
 
 
 @command

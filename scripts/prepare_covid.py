@@ -21,9 +21,9 @@ from custom.data.covid_sets import prepare_covid_ct_seg, prepare_medseg, prepare
 from custom.data.covid_slices import SliceOptions
 from custom.data.datalist import read_datalist
 from custom.data.join_lists import join_datalists, parse_fold
-from custom.data.lung_negatives import prepare_negatives
+from custom.data.lung_negatives import NegativeSummary, prepare_negatives
 from custom.data.plain_slices import ORIENTATIONS, prepare_slices
-from custom.data.unlabelled import prepare_unlabelled
+from custom.data.unlabelled import UnlabelledSummary, prepare_unlabelled
 
 
 def slices(options: argparse.Namespace) -> int:
@@ -63,28 +63,28 @@ def medseg(options: argparse.Namespace) -> int:
 
 
 def unlabelled(options: argparse.Namespace) -> int:
-    summary = prepare_unlabelled(
-        options.source,
-        options.output_dir,
-        orientation=options.orientation,
-        orientations=dict(options.orientation_of),
-        per_volume=options.per_volume,
+    return report(
+        prepare_unlabelled(
+            options.source,
+            options.output_dir,
+            orientation=options.orientation,
+            orientations=dict(options.orientation_of),
+            per_volume=options.per_volume,
+        )
     )
-    print(summary)
-    return 1 if summary.failed else 0
 
 
 def negatives(options: argparse.Namespace) -> int:
-    summary = prepare_negatives(
-        options.source,
-        options.output_dir,
-        xml_dir=options.xml_dir,
-        per_series=options.per_series,
-        window=tuple(options.window),
-        num_workers=options.workers,
+    return report(
+        prepare_negatives(
+            options.source,
+            options.output_dir,
+            xml_dir=options.xml_dir,
+            per_series=options.per_series,
+            window=tuple(options.window),
+            num_workers=options.workers,
+        )
     )
-    print(summary)
-    return 1 if summary.failed else 0
 
 
 def join(options: argparse.Namespace) -> int:
@@ -110,7 +110,7 @@ def pictures(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(summary: CovidSummary) -> int:
+def report(summary: CovidSummary | UnlabelledSummary | NegativeSummary) -> int:
     print(summary)
     return 1 if summary.failed else 0
 

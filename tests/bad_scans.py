@@ -21,7 +21,7 @@ from custom.data.dicom_writer import write_dicom_series
 from custom.data.phantom import Phantom, make_phantom
 from tests import dicom_faults
 
-__all__ = ["ODD", "REFUSED", "BadScan", "scan_of", "table_phantom"]
+__all__ = ["ODD", "REFUSED", "BadScan", "make_table", "scan_of", "table_phantom"]
 
 AFFINE = np.diag([-5.0, -5.0, 12.0, 1.0])
 
@@ -49,6 +49,15 @@ class BadScan:
 def table_phantom() -> Phantom:
     """The chest that the table is made from."""
     return make_phantom(shape=(64, 64, 16), spacing=(5.4, 5.4, 17.0), seed=2)
+
+
+def make_table(folder: Path, phantom: Phantom) -> Path:
+    """A folder for each row of the table, in one whose name has spaces and letters that are not ASCII."""
+    table = folder / "a table with ä, ß and 肺"
+    for row in REFUSED + ODD:
+        (table / row.name).mkdir(parents=True)
+        row.make(table / row.name, phantom)
+    return table
 
 
 def scan_of(folder: Path) -> Path:

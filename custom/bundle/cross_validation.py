@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ import custom
 from custom.bundle.study import Study, System
 from custom.console import CohortError, bar_interval
 from custom.data.datalist import read_datalist
-from custom.data.files import write_json
+from custom.data.files import file_sha256, write_json
 from custom.metrics import CaseScores
 from custom.reporting.scores import read_scores
 
@@ -262,10 +261,10 @@ class CrossValidation:
             "system": system.name,
             "fold": run.fold,
             "selection": None if run.fold is None else self.study.selection,
-            "configs": {file.name: _sha256(file) for file in system.configs()},
+            "configs": {file.name: file_sha256(file) for file in system.configs()},
             "overrides": dict(system.overrides),
             "start": system.start,
-            "data_list_sha256": _sha256(
+            "data_list_sha256": file_sha256(
                 Path(system.overrides.get("dataset_dir", self.dataset_dir)) / "datalist.json"
             ),
             "processes": self.processes,
@@ -316,7 +315,3 @@ def _last_error(log: Path, begin: int, code: int) -> str:
     if told:
         return told[-1].removeprefix("error: ")
     return f"it ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

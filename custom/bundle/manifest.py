@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ __all__ = [
     "REQUIRED_PACKED",
     "SETTINGS",
     "WEIGHTS",
-    "file_sha256",
     "is_part",
     "is_work",
     "walk",
@@ -85,16 +83,3 @@ def is_work(name: str) -> bool:
         name: path in the bundle, with slashes.
     """
     return bool(_WORK.fullmatch(name))
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file.
-
-    Args:
-        path: the file.
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,8 +15,9 @@ from typing import Any
 import custom
 from custom.bundle.archive import write_archive
 from custom.bundle.config_code import read_json
-from custom.bundle.manifest import MANIFEST, SETTINGS, WEIGHTS, file_sha256, is_part, is_work, walk
+from custom.bundle.manifest import MANIFEST, SETTINGS, WEIGHTS, is_part, is_work, walk
 from custom.bundle.vendored import code_files, code_sha256
+from custom.data.files import file_sha256
 
 __all__ = ["CODE_PATH", "IMPORTS", "PackedBundle", "pack_bundle", "with_code_path"]
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from monai.transforms import Compose, Invertd
 import custom
 from custom.bundle.loading import describe_misfit, read_weights
 from custom.bundle.settings import read_settings
+from custom.data.files import file_sha256
 from custom.data.plain_slices import read_picture
 
 __all__ = ["Teachers"]
@@ -64,7 +64,7 @@ class Teachers:
         self.unseen_fold = unseen_fold
         self.description: dict[str, Any] = {
             "bundle": folder.name,
-            "configs": {file.name: _sha256(file) for file in files},
+            "configs": {file.name: file_sha256(file) for file in files},
             "overrides": dict(overrides or {}),
             "unseen_fold": unseen_fold,
             "version": custom.__version__,
@@ -82,7 +82,12 @@ class Teachers:
             settings = read_settings(path)
             self._members.append(_load(path, files, settings, overrides or {}, self.device))
             self.description["weights"].append(
-                {"file": path.name, "sha256": _sha256(path), "settings": settings, "held_out_fold": held_out}
+                {
+                    "file": path.name,
+                    "sha256": file_sha256(path),
+                    "settings": settings,
+                    "held_out_fold": held_out,
+                }
             )
 
     def predict(self, image: str | os.PathLike) -> np.ndarray:
@@ -162,7 +167,3 @@ def _held_out(weights: Path) -> int | None:
     except (OSError, ValueError, AttributeError):
         return None
     return fold if isinstance(fold, int) else None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -20,7 +19,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 import custom
-from custom.data.files import atomic_path, write_json
+from custom.data.files import atomic_path, file_sha256, write_json
 
 __all__ = ["MODES", "TransferPipeline"]
 
@@ -232,8 +231,4 @@ def _describe_start(start: Mapping[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(path)

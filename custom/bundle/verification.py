@@ -22,7 +22,6 @@ from custom.bundle.manifest import (
     REQUIRED_PACKED,
     SETTINGS,
     WEIGHTS,
-    file_sha256,
     is_part,
     is_work,
     walk,
@@ -31,6 +30,7 @@ from custom.bundle.network_check import check_network, check_values
 from custom.bundle.settings import read_settings
 from custom.bundle.standards import Standards, package_name
 from custom.bundle.vendored import code_sha256, code_version
+from custom.data.files import file_sha256
 
 __all__ = ["Verification", "verify_bundle"]
 

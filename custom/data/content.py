@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from monai.transforms import Compose
 
-from custom.data.files import write_json
+from custom.data.files import file_sha256, write_json
 
 __all__ = ["ContentHasher", "transform_key"]
 
@@ -67,11 +67,7 @@ class ContentHasher:
         stat = path.stat()
         entry = self.known.get(str(path))
         if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            self.known[str(path)] = entry = [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+            self.known[str(path)] = entry = [stat.st_size, stat.st_mtime_ns, file_sha256(path)]
             self.changed = True
         return str(entry[2])
 

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from custom.data.covid_checks import HU
 from custom.data.covid_volumes import CovidVolume
 from custom.data.datalist import assign_folds, read_datalist, relative_path, write_datalist
-from custom.data.files import write_json
-from custom.data.work import LeftOut
+from custom.data.work import LISTED, LeftOut, describe_left_out, write_left_out
 
 __all__ = [
     "CovidSummary",
@@ -24,8 +22,6 @@ __all__ = [
     "with_folds",
     "write_lists",
 ]
-
-LISTED = 20  # failures and notes that a summary spells out
 
 
 @dataclass(frozen=True)
@@ -68,15 +64,9 @@ class CovidSummary:
         if self.reused:
             lines.append(f"checked in an earlier run: {self.reused} of {len(self.cases)} volumes")
         notes = [f"{case['name']}: {note}" for case in self.cases for note in case["notes"]]
-        counts = Counter(one.kind for one in self.left_out if not one.failed)
-        lines += [f"left out, {kind}: {count}" for kind, count in counts.most_common()]
-        for what, found in (
-            ("note", notes),
-            ("failed", [f"{one.what}: {one.reason}" for one in self.failed]),
-        ):
-            lines += [f"{what}, {text}" for text in found[:LISTED]]
-            lines += [f"{what}: {len(found) - LISTED} more"] if len(found) > LISTED else []
-        return "\n".join(lines)
+        lines += [f"note, {note}" for note in notes[:LISTED]]
+        lines += [f"note: {len(notes) - LISTED} more"] if len(notes) > LISTED else []
+        return "\n".join([*lines, *describe_left_out(self.left_out)])
 
 
 def list_volumes(
@@ -181,8 +171,7 @@ def write_lists(
     Raises:
         ValueError: When there is not one entry.
     """
-    left_out = sorted(left_out, key=lambda one: not one.failed)  # what failed first
-    write_json(output / "skipped.json", [asdict(one) for one in left_out])
+    left_out = write_left_out(output, left_out)
     filled = {section: list(entries) for section, entries in sections.items() if entries}
     if not filled and not slices:
         first = f"; the first is {left_out[0].what}: {left_out[0].reason}" if left_out else ""

@@ -17,7 +17,7 @@ from custom.data.covid_checks import HU, LabelRule, check_same_grid, find_value_
 from custom.data.covid_slices import SliceOptions, write_volume_slices
 from custom.data.files import write_json, write_nifti
 from custom.data.scans import Scan, read_scan
-from custom.data.work import LeftOut, work_through
+from custom.data.work import LeftOut, part, work_through
 
 __all__ = ["CovidVolume", "VolumeOptions", "check_volumes"]
 
@@ -103,13 +103,7 @@ def check_volumes(
     """
     jobs = [_Job(volume, options, output) for volume in volumes]
     order = {volume.name: position for position, volume in enumerate(volumes)}
-    cases: list[dict[str, Any]] = []
-    left_out = []
-    for result in work_through(_check, jobs, num_workers, desc, "scan") if jobs else ():
-        if isinstance(result, LeftOut):
-            left_out.append(result)
-        else:
-            cases.append(result)
+    cases, left_out = part(work_through(_check, jobs, num_workers, desc, "scan") if jobs else ())
     cases.sort(key=lambda case: order[case["name"]])
     left_out.sort(key=lambda one: order[one.what])
     return cases, left_out

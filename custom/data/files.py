@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,20 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-__all__ = ["atomic_folder", "atomic_path", "write_json", "write_nifti"]
+__all__ = ["atomic_folder", "atomic_path", "file_sha256", "write_json", "write_nifti"]
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, read block by block.
+
+    Args:
+        path: the file.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from custom.console import bar_interval
 from custom.data.datalist import HELD_OUT, SECTIONS, read_datalist, relative_path, write_datalist
+from custom.data.files import file_sha256
 from custom.data.plain_slices import SAME_PATIENT_CORRELATION, read_picture, thumbnails
 
 __all__ = ["JoinedList", "join_datalists", "parse_fold"]
@@ -182,4 +182,4 @@ def _looks(files: Iterable[Path]) -> np.ndarray:
 def _digest(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; a data list names it")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_sha256(path)

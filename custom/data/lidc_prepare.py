@@ -6,9 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from custom.data.dicom_series import CTVolume
 from custom.data.files import write_json, write_nifti
 from custom.data.lidc_consensus import LidcNodule, draw_nodules, find_nodules
 from custom.data.lidc_source import LidcSeries, LidcXml, find_readings, find_series
-from custom.data.work import LeftOut, work_through
+from custom.data.work import LeftOut, describe_left_out, part, work_through, write_left_out
 
 __all__ = ["LidcSummary", "prepare_lidc"]
 
 VERSION = 1  # raise it when prepared cases would come out differently
-LISTED = 20  # failures that a summary spells out
 DESCRIPTION = (
     "Lung nodules of 3 mm or more. The Cancer Imaging Archive, doi:10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0. "
     "Armato et al., Medical Physics 38:915-931, 2011"
@@ -60,19 +58,13 @@ class LidcSummary:
         patients = len({case["patient_id"] for case in self.cases})
         slices = sum(case["nodule_slices"] for case in self.cases)
         nodules = sum(nodule["voxels"] > 0 for case in self.cases for nodule in case["nodules"])
-        counts = Counter(one.kind for one in self.left_out if not one.failed)
         lines = [
             f"{len(self.cases)} scans of {patients} patients ({self.reused} from an earlier run), "
             f"{nodules} nodules on {slices} slices",
             f"{self.datalist}: {self.n_validation} patients for validation, {patients - self.n_validation} "
             f"for training in {self.n_folds} folds; datalist_all.json beside it has all for training",
-            *(f"left out, {kind}: {count}" for kind, count in counts.most_common()),
-            *(f"failed, {one.what}: {one.reason}" for one in self.failed[:LISTED]),
+            *describe_left_out(self.left_out),
         ]
-        if len(self.failed) > LISTED:
-            lines.append(f"failed: {len(self.failed) - LISTED} more")
-        if self.left_out:
-            lines.append(f"all that was left out: {self.datalist.with_name('skipped.json')}")
         return "\n".join(lines)
 
 
@@ -146,16 +138,9 @@ def prepare_lidc(
     readings, left_out = find_readings(source if xml_dir is None else xml_dir)
     series = find_series(source, num_workers)
     jobs, unmatched = _match(readings, series, output, four_readers)
-    left_out += unmatched
-    cases: list[dict[str, Any]] = []
-    for result in work_through(_prepare_case, jobs, num_workers, "LIDC-IDRI", "scan"):
-        if isinstance(result, LeftOut):
-            left_out.append(result)
-        else:
-            cases.append(result)
+    cases, failed = part(work_through(_prepare_case, jobs, num_workers, "LIDC-IDRI", "scan"))
     cases.sort(key=lambda case: case["name"])
-    left_out.sort(key=lambda one: (not one.failed, one.kind, one.what))
-    write_json(output / "skipped.json", [asdict(one) for one in left_out])
+    left_out = write_left_out(output, [*left_out, *unmatched, *failed])
     if not cases:
         first = f", the first is {left_out[0].what}: {left_out[0].reason}" if left_out else ""
         raise ValueError(f"no scan under {source} could be prepared; left out: {len(left_out)}{first}")

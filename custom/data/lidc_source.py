@@ -18,6 +18,7 @@ from tqdm import tqdm
 from custom.console import bar_interval
 from custom.data.dicom import group_studies, walk_files
 from custom.data.dicom_series import CTVolume, read_series
+from custom.data.files import file_sha256
 from custom.data.lidc import ChestXrayError, LidcReadings, read_annotations
 from custom.data.work import LeftOut, work_through
 
@@ -114,7 +115,7 @@ def find_readings(folder: str | os.PathLike) -> tuple[dict[str, LidcXml], list[L
             reason = str(error).removeprefix(f"{file} ")
             left_out.append(LeftOut(name, "bad XML", f"it {reason}", True))
             continue
-        uid, digest = readings.series_uid, hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        uid, digest = readings.series_uid, file_sha256(file)
         if found.setdefault(uid, LidcXml(readings, digest)).digest != digest:
             reason = f"it reads series {uid} otherwise than another XML file does; keep one of them"
             left_out.append(LeftOut(name, "bad XML", reason, True))

@@ -6,9 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ from custom.data.datalist import write_datalist
 from custom.data.files import atomic_path, write_json
 from custom.data.lidc_source import LidcSeries, LidcXml, find_readings, find_series
 from custom.data.unlabelled import evenly_spaced
-from custom.data.work import LeftOut, work_through
+from custom.data.work import LeftOut, describe_left_out, part, work_through, write_left_out
 from custom.transforms import CropLungd, LoadCTd, LungMaskd, ValidateHUd
 
 __all__ = ["NegativeSummary", "prepare_negatives"]
 
 VERSION = 1  # raise it when the slices would come out differently
-LISTED = 20
 DISTANCE_MM = 5.0  # between a slice and the nearest outline of any reader
 MARGIN_MM = 5.0  # around the lungs, as the bundles crop volumes
 LEAST_LUNG = 0.25  # of the lung area of the scan's largest slice; less is the very top or bottom
@@ -68,14 +66,10 @@ class NegativeSummary:
         count = sum(len(case["slices"]) for case in self.cases)
         patients = len({case["patient_id"] for case in self.cases})
         reused = f" ({self.reused} from an earlier run)" if self.reused else ""
-        counts = Counter(one.kind for one in self.left_out if not one.failed)
         lines = [
             f"{count} slices of {len(self.cases)} series{reused}, {patients} patients: {self.datalist}",
-            *(f"left out, {kind}: {number}" for kind, number in counts.most_common()),
-            *(f"failed, {one.what}: {one.reason}" for one in self.failed[:LISTED]),
+            *describe_left_out(self.left_out),
         ]
-        if len(self.failed) > LISTED:
-            lines.append(f"failed: {len(self.failed) - LISTED} more, see skipped.json beside it")
         return "\n".join(lines)
 
 
@@ -141,15 +135,9 @@ def prepare_negatives(
             left_out.append(LeftOut(uid, "CT without XML", "no XML file that can be used reads it", False))
         else:
             jobs.append(_Job(readings[uid], series, output, per_series, window))
-    cases: list[dict[str, Any]] = []
-    for result in work_through(_prepare_series, jobs, num_workers, "LIDC-IDRI", "series"):
-        if isinstance(result, LeftOut):
-            left_out.append(result)
-        else:
-            cases.append(result)
+    cases, failed = part(work_through(_prepare_series, jobs, num_workers, "LIDC-IDRI", "series"))
     cases.sort(key=lambda case: case["name"])
-    left_out.sort(key=lambda one: (not one.failed, one.kind, one.what))
-    write_json(output / "skipped.json", [asdict(one) for one in left_out])
+    left_out = write_left_out(output, [*left_out, *failed])
     if not cases:
         first = f"; the first is {left_out[0].what}: {left_out[0].reason}" if left_out else ""
         raise ValueError(f"no series under {source} gives a negative; left out: {len(left_out)}{first}")

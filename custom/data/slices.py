@@ -197,13 +197,21 @@ class EpochSampler(DistributedSampler):
         shuffle: whether to shuffle.
         passes: how often each batch is drawn in a row; above 1 the last, smaller batch is left out.
         batch_size: samples of a batch, needed where ``passes`` is above 1.
+        repeats: how often one epoch goes through the data set, in a new order with new augmentation each
+            time: epochs, and with them validation and checkpoints, of a useful length from few slices.
 
     Raises:
-        ValueError: When ``passes`` is below 1 or no batch is full.
+        ValueError: When ``passes`` or ``repeats`` is below 1 or no batch is full.
     """
 
     def __init__(
-        self, dataset: Dataset, seed: int = 0, shuffle: bool = True, passes: int = 1, batch_size: int = 1
+        self,
+        dataset: Dataset,
+        seed: int = 0,
+        shuffle: bool = True,
+        passes: int = 1,
+        batch_size: int = 1,
+        repeats: int = 1,
     ) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         super().__init__(
@@ -213,22 +221,28 @@ class EpochSampler(DistributedSampler):
             shuffle=shuffle,
             seed=seed,
         )
-        if passes < 1 or (passes > 1 and self.num_samples < batch_size):
+        if repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {repeats}")
+        if passes < 1 or (passes > 1 and self.num_samples * repeats < batch_size):
             raise ValueError(f"{passes} passes over batches of {batch_size} from {self.num_samples} samples")
         self.passes = passes
         self.batch_size = batch_size
+        self.repeats = repeats
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
-        keys = [(self.epoch, index) for index in super().__iter__()]
+        keys = []
+        epoch = self.epoch
+        for self.epoch in range(epoch * self.repeats, (epoch + 1) * self.repeats):
+            keys += [(self.epoch, index) for index in super().__iter__()]
+        self.epoch = epoch
         if self.passes > 1:
             full = range(0, len(keys) - self.batch_size + 1, self.batch_size)
             keys = [key for start in full for key in keys[start : start + self.batch_size] * self.passes]
         return iter(keys)
 
     def __len__(self) -> int:
-        if self.passes == 1:
-            return int(self.num_samples)
-        return int(self.num_samples // self.batch_size * self.batch_size * self.passes)
+        samples = int(self.num_samples) * self.repeats
+        return samples if self.passes == 1 else samples // self.batch_size * self.batch_size * self.passes
 
 
 class _Preparation:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from custom.console import bar_interval
-from custom.data.files import atomic_path, write_json
+from custom.data.files import atomic_path, file_sha256, write_json
 from custom.data.grey_match import LEVELS, count_greys, match_peaks
 from custom.data.plain_slices import ORIENTATIONS, SUFFIXES, read_picture, turn
-from custom.data.work import LeftOut
+from custom.data.work import LeftOut, describe_left_out, write_left_out
 
 __all__ = ["LIST_NAME", "UnlabelledSummary", "evenly_spaced", "prepare_unlabelled", "read_unlabelled"]
 
 LIST_NAME = "unlabelled.json"
 VERSION = 1  # raise it when the slices would come out differently
-LISTED = 20  # failures that a summary spells out
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,7 @@ class UnlabelledSummary:
         count = sum(len(volume["slices"]) for volume in self.volumes)
         reused = f" ({self.reused} from an earlier run)" if self.reused else ""
         lines = [f"{count} slices of {len(self.volumes)} volumes{reused}: {self.list_file}"]
-        lines += [f"failed, {one.what}: {one.reason}" for one in self.failed[:LISTED]]
-        if len(self.failed) > LISTED:
-            lines.append(f"failed: {len(self.failed) - LISTED} more, see skipped.json beside it")
-        return "\n".join(lines)
+        return "\n".join([*lines, *describe_left_out(self.failed)])
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def prepare_unlabelled(
             failed += broken
             volumes += [done] if done is not None else []
             bar.update(len(files))
-    write_json(output / "skipped.json", [asdict(one) for one in failed])
+    failed = write_left_out(output, failed)
     if not volumes:
         raise ValueError(f"no volume under {source} can be used; {failed[0].what}: {failed[0].reason}")
     reused = sum(volume.pop("reused") for volume in volumes)
@@ -218,7 +214,7 @@ def _prepare_volume(job: _Job) -> tuple[dict[str, Any] | None, list[LeftOut]]:
         pixels = np.ascontiguousarray(turn(mapping(read_picture(file)), job.orientation))
         with atomic_path(job.output / name) as temporary:
             Image.fromarray(pixels).save(temporary, format="PNG")
-        digest = hashlib.sha256((job.output / name).read_bytes()).hexdigest()
+        digest = file_sha256(job.output / name)
         slices.append({"image": name, "number": number, "source": file.name, "sha256": digest})
     volume = {
         "name": job.name,
@@ -241,7 +237,7 @@ def _finished(record: Path, job: _Job) -> dict[str, Any] | None:
         if volume.pop("key") != job.key:
             return None
         for one in volume["slices"]:
-            if hashlib.sha256((job.output / one["image"]).read_bytes()).hexdigest() != one["sha256"]:
+            if file_sha256(job.output / one["image"]) != one["sha256"]:
                 return None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import active_children, get_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from custom.console import bar_interval, deaf_children
+from custom.data.files import write_json
 
-__all__ = ["LeftOut", "work_through"]
+__all__ = ["LISTED", "LeftOut", "describe_left_out", "part", "work_through", "write_left_out"]
+
+LISTED = 20  # failures that a summary spells out
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,6 +40,52 @@ class LeftOut:
     kind: str
     reason: str
     failed: bool
+
+
+def part(results: Iterable[R | LeftOut]) -> tuple[list[R], list[LeftOut]]:
+    """Part what became a case from what did not.
+
+    Args:
+        results: of :func:`work_through`.
+    """
+    cases: list[R] = []
+    left_out: list[LeftOut] = []
+    for result in results:
+        if isinstance(result, LeftOut):
+            left_out.append(result)
+        else:
+            cases.append(result)
+    return cases, left_out
+
+
+def write_left_out(folder: Path, left_out: Iterable[LeftOut]) -> list[LeftOut]:
+    """Write ``skipped.json``, what failed first.
+
+    Args:
+        folder: gets the file.
+        left_out: what did not become a case.
+
+    Returns:
+        ``left_out`` in that order.
+    """
+    ordered = sorted(left_out, key=lambda one: (not one.failed, one.kind, one.what))
+    write_json(folder / "skipped.json", [asdict(one) for one in ordered])
+    return ordered
+
+
+def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
+    """Lines for a summary: how many of each kind were rightly left out, and what failed.
+
+    Args:
+        left_out: what did not become a case.
+    """
+    counts = Counter(one.kind for one in left_out if not one.failed)
+    failed = [one for one in left_out if one.failed]
+    lines = [f"left out, {kind}: {count}" for kind, count in counts.most_common()]
+    lines += [f"failed, {one.what}: {one.reason}" for one in failed[:LISTED]]
+    if len(failed) > LISTED:
+        lines.append(f"failed: {len(failed) - LISTED} more")
+    return [*lines, "all that was left out: skipped.json"] if left_out else lines
 
 
 def work_through(

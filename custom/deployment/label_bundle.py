@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from custom.bundle.loading import describe_misfit, read_weights
 from custom.bundle.network_check import build_network
 from custom.bundle.settings import read_settings, settings_file
 from custom.bundle.vendored import code_version
-from custom.data.files import write_json
+from custom.data.files import file_sha256, write_json
 
 __all__ = ["DeployedBundle", "check_weights", "deploy_bundle", "parse_setting"]
 
@@ -117,7 +116,7 @@ def deploy_bundle(
     shutil.copyfile(file, target / WEIGHTS)
     if settings_file(file).is_file():
         shutil.copyfile(settings_file(file), settings_file(target / WEIGHTS))
-    digest = _sha256(file)
+    digest = file_sha256(file)
     write_json(target / RECORD, {"source": str(source), "weights": str(file), "weights_sha256": digest})
     return DeployedBundle(target, used, f"weights {file}, SHA-256 {digest[:12]}")
 
@@ -184,13 +183,5 @@ def _trained_here(target: Path) -> str | None:
     if not (target / RECORD).is_file() or not (target / WEIGHTS).is_file():
         return None
     deployed = json.loads((target / RECORD).read_text(encoding="utf-8"))["weights_sha256"]
-    found = _sha256(target / WEIGHTS)
+    found = file_sha256(target / WEIGHTS)
     return None if found == deployed else found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -18,9 +18,8 @@ from ignite.engine import Engine, Events
 from monai.handlers import EarlyStopHandler
 from monai.utils import get_dist_device
 
-from custom.bundle.manifest import file_sha256
 from custom.bundle.settings import check_settings, settings_file, write_settings
-from custom.data.files import atomic_path
+from custom.data.files import atomic_path, file_sha256
 
 __all__ = ["TrainingCheckpoint", "save_atomically"]
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from ignite.engine import Engine, Events
 import custom
 from custom.console import CohortError, read_switch
 from custom.data.cohort import CohortLoader
-from custom.data.files import write_json, write_nifti
+from custom.data.files import file_sha256, write_json, write_nifti
 from custom.handlers.shares import SharedStudies, gather_on_first, meet
 from custom.handlers.study_masks import as_volume, describe_scan, given_mask, off_grid
 from custom.reporting.acquisition import doubt_lungs, doubt_opacity
@@ -293,7 +292,7 @@ class StudyReport:
         if self._model is None:
             digest = None
             if self.weights is not None and self.weights.is_file():
-                digest = hashlib.sha256(self.weights.read_bytes()).hexdigest()
+                digest = file_sha256(self.weights)
             self._model = {
                 "bundle": self.bundle,
                 "software_version": custom.__version__,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import custom
-from custom.bundle.manifest import file_sha256
 from custom.console import read_switch
+from custom.data.files import file_sha256
 
 __all__ = ["SharedStudies", "gather_on_first", "meet"]
 

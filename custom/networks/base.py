@@ -47,7 +47,7 @@ class AttentionNetwork(nn.Module):
 
     def attention_map_modules(self) -> dict[str, nn.Module]:
         """Name of every attention map with the module that outputs it, (B, 1, h, w[, d]) in [0, 1]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not name its attention maps")
 
     def attention_maps(self, x: torch.Tensor, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Attention maps of a batch, from one forward pass in evaluation mode and without gradients.

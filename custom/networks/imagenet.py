@@ -20,6 +20,8 @@ import torch
 from monai.utils import optional_import
 from torch import nn
 
+from custom.data.files import file_sha256
+
 __all__ = ["ImageNetReport", "load_imagenet_resnet50"]
 
 logger = logging.getLogger(__name__)
@@ -214,7 +216,7 @@ def _download(url: str, sha256: str | None) -> Path:
     if sha256 is None:
         raise ValueError(f"{url}: give the file's sha256; nothing is downloaded without one")
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:16]}-{Path(urlparse(url).path).name}"
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if not path.is_file() or file_sha256(path) != sha256:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)

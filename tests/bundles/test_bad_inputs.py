@@ -20,7 +20,7 @@ from threshold_model import BUNDLE, inference_overrides, reports
 from custom.console import CohortError, check_overrides, describe_error
 from custom.data import find_studies
 from tests import dicom_faults
-from tests.bad_scans import ODD, REFUSED, BadScan, nifti, scan_of, table_phantom
+from tests.bad_scans import ODD, REFUSED, BadScan, make_table, nifti, scan_of, table_phantom
 
 SAME_CHEST = {"shuffled_slices", "several_series", "jpeg_ls", "jpeg_2000", "run_length"}
 
@@ -32,12 +32,7 @@ def phantom():
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory, phantom) -> Path:
-    """A folder for each row of the table, in one whose name has spaces and letters that are not ASCII."""
-    folder = tmp_path_factory.mktemp("table") / "a table with ä, ß and 肺"
-    for row in REFUSED + ODD:
-        (folder / row.name).mkdir(parents=True)
-        row.make(folder / row.name, phantom)
-    return folder
+    return make_table(tmp_path_factory.mktemp("table"), phantom)
 
 
 def run(workflow) -> tuple[str, int]:

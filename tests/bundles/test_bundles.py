@@ -37,6 +37,7 @@ BUNDLES = [
             "loss_focal",
             "loss_bce_dice",
             "recipe_slices",
+            "train_all",
         ),
     ),
     Bundle(
@@ -49,12 +50,13 @@ BUNDLES = [
             "table1_attention_ftl",
             "random_slice_split",
             "recipe_slices",
+            "train_all",
         ),
     ),
     Bundle(
         "covid_ct_ncovsegnet_segmentation",
         reduced={"image_size": [64, 64], "width": 0.02, "batch_size": 4, "scales": [0.5, 1.0]},
-        overlays=tuple(f"table5_{row}" for row in "abcdefgh") + ("three_passes", "recipe_slices"),
+        overlays=tuple(f"table5_{row}" for row in "abcdefgh") + ("three_passes", "recipe_slices", "train_all"),
     ),
 ]
 SCOATNET = BUNDLES[0]

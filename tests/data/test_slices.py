@@ -138,6 +138,21 @@ def test_an_epoch_draws_every_slice_once(cases, tmp_path):
     assert sorted(index for _, index in drawn) == list(range(7))
 
 
+def test_an_epoch_with_repeats_draws_what_as_many_epochs_would(cases, tmp_path):
+    dataset = SliceDataset(cases, read(), [], tmp_path / "cache")
+    once, three = EpochSampler(dataset, seed=5), EpochSampler(dataset, seed=5, repeats=3)
+    three.set_epoch(2)
+    drawn = list(three)
+    expected = []
+    for epoch in (6, 7, 8):
+        once.set_epoch(epoch)
+        expected += list(once)
+    assert drawn == expected and len(drawn) == len(three) == 21
+    assert three.epoch == 2 and list(three) == drawn
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        EpochSampler(dataset, repeats=0)
+
+
 def test_a_lambda_cannot_be_part_of_a_key():
     from monai.transforms import Lambdad
 

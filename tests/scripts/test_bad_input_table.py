@@ -20,7 +20,7 @@ from lidc_phantom import write_case
 from PIL import Image
 
 from tests import dicom_faults
-from tests.bad_scans import ODD, REFUSED, nifti, scan_of, table_phantom
+from tests.bad_scans import REFUSED, make_table, nifti, scan_of, table_phantom
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = [row.name for row in REFUSED]
@@ -48,11 +48,7 @@ def phantom():
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory, phantom) -> Path:
-    folder = tmp_path_factory.mktemp("table") / "a table with ä and 肺"
-    for row in REFUSED + ODD:
-        (folder / row.name).mkdir(parents=True)
-        row.make(folder / row.name, phantom)
-    return folder
+    return make_table(tmp_path_factory.mktemp("table"), phantom)
 
 
 def copy(file: Path, target: Path) -> None:
