@@ -16,7 +16,8 @@ class Bfloat16Inferer(Inferer):
     """Runs the network under autocast to bfloat16, channels last; the loss sees float32.
 
     For training on processors with AMX or AVX-512 BF16 (MONAI's ``amp`` is CUDA's only). Weights and
-    optimiser stay in float32, and bfloat16 has float32's range, so the loss needs no scaling.
+    optimiser stay in float32, and bfloat16 has float32's range, so the loss needs no scaling. A module's
+    weights are laid out channels last too, or each convolution would lay them out anew.
     """
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -28,6 +29,8 @@ class Bfloat16Inferer(Inferer):
         Returns:
             The network's output, its tensors in float32.
         """
+        if isinstance(network, torch.nn.Module):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
             output = network(inputs.contiguous(memory_format=torch.channels_last), *args, **kwargs)
         return _as_float32(output)

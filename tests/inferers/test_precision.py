@@ -24,6 +24,7 @@ def test_network_works_in_bfloat16_and_the_loss_in_float32():
     network, x = Heads(), torch.randn(2, 1, 8, 8)
     output = Bfloat16Inferer()(x, network)
     assert network.seen is torch.bfloat16
+    assert network.layer.weight.is_contiguous(memory_format=torch.channels_last)
     assert output.dtype is torch.float32
     exact = network(x)
     assert network.seen is torch.float32, "nothing stays switched on"
