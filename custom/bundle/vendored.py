@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-__all__ = ["code_files", "code_sha256", "code_version", "use_vendored"]
+__all__ = ["code_files", "code_sha256", "code_version", "describe_code", "use_vendored"]
 
 PACKAGE = "custom"
 
@@ -58,6 +58,15 @@ def code_version(package: Path) -> str:
     return found.group(1) if found else "of unknown version"
 
 
+def describe_code(package: Path) -> str:
+    """Name, version and the beginning of the hash of the package.
+
+    Args:
+        package: folder of the package.
+    """
+    return f"{PACKAGE} {code_version(package)} (SHA-256 {code_sha256(package)[:12]})"
+
+
 def use_vendored() -> str:
     """Make this bundle's copy of the package the one that is imported.
 
@@ -79,9 +88,9 @@ def use_vendored() -> str:
     ours = (place / "bundle" / "vendored.py").is_file()  # else it may be any file in any large folder
     if place == package or (ours and code_sha256(place) == code_sha256(package)):
         return root
-    loaded = _label(place) if ours else f"another package named {PACKAGE}"
+    loaded = describe_code(place) if ours else f"another package named {PACKAGE}"
     line = (
-        f"the bundle {package.parent.name} brings {_label(package)}, but {loaded} is already loaded "
+        f"the bundle {package.parent.name} brings {describe_code(package)}, but {loaded} is already loaded "
         f"from {place}; run it in a process and an environment without that one, or pack all bundles at one "
         "version"
     )
@@ -89,7 +98,3 @@ def use_vendored() -> str:
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2)
     raise ImportError(line)
-
-
-def _label(package: Path) -> str:
-    return f"{PACKAGE} {code_version(package)} (SHA-256 {code_sha256(package)[:12]})"

@@ -232,7 +232,8 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
         keys = []
         epoch = self.epoch
-        for self.epoch in range(epoch * self.repeats, (epoch + 1) * self.repeats):
+        for repeat in range(self.repeats):
+            self.epoch = epoch * self.repeats + repeat
             keys += [(self.epoch, index) for index in super().__iter__()]
         self.epoch = epoch
         if self.passes > 1:

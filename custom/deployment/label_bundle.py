@@ -16,7 +16,7 @@ import custom
 from custom.bundle.loading import describe_misfit, read_weights
 from custom.bundle.network_check import build_network
 from custom.bundle.settings import read_settings, settings_file
-from custom.bundle.vendored import code_version
+from custom.bundle.vendored import code_sha256, describe_code
 from custom.data.files import file_sha256, write_json
 
 __all__ = ["DeployedBundle", "check_weights", "deploy_bundle", "parse_setting"]
@@ -170,11 +170,11 @@ def _change(config: dict[str, Any], key: str, value: Any) -> bool:
 
 
 def _check_version(source: Path) -> None:
-    vendored = source / "custom"
-    if vendored.is_dir() and code_version(vendored) != custom.__version__:
+    theirs, ours = source / "custom", Path(custom.__file__).parent
+    if theirs.is_dir() and code_sha256(theirs) != code_sha256(ours):
         raise ValueError(
-            f"{source.name} brings components of version {code_version(vendored)}, this server has "
-            f"{custom.__version__}; all bundles of a server share one: take the bundle of this release"
+            f"{source.name} brings {describe_code(theirs)}, this server has {describe_code(ours)}; "
+            "all bundles of a server share one: take the bundle of this release"
         )
 
 

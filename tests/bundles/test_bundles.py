@@ -56,7 +56,8 @@ BUNDLES = [
     Bundle(
         "covid_ct_ncovsegnet_segmentation",
         reduced={"image_size": [64, 64], "width": 0.02, "batch_size": 4, "scales": [0.5, 1.0]},
-        overlays=tuple(f"table5_{row}" for row in "abcdefgh") + ("three_passes", "recipe_slices", "train_all"),
+        overlays=tuple(f"table5_{row}" for row in "abcdefgh")
+        + ("three_passes", "recipe_slices", "train_all"),
     ),
 ]
 SCOATNET = BUNDLES[0]

@@ -173,8 +173,15 @@ def test_a_folder_that_is_no_bundle_and_components_of_another_version(
     (packed / "custom").mkdir()
     (packed / "custom" / "__init__.py").write_text('__version__ = "0.0.1"\n')
     line = line_of(serve_label, capsys, *words_for(packed, scans, tmp_path))
-    assert "version 0.0.1" in line and custom.__version__ in line
+    assert "brings custom 0.0.1" in line and f"this server has custom {custom.__version__}" in line
+    # The same version in name with other code is another version too.
     (packed / "custom" / "__init__.py").write_text(f'__version__ = "{custom.__version__}"\n')
+    assert "take the bundle of this release" in line_of(
+        serve_label, capsys, *words_for(packed, scans, tmp_path)
+    )
+    shutil.rmtree(packed / "custom")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(custom.__file__).parent, packed / "custom", ignore=ignored)
     deploy_bundle(packed, tmp_path / "models", settings=SETTINGS)
 
 
