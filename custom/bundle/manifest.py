@@ -38,7 +38,7 @@ REQUIRED_PACKED = ("README.md", "requirements.txt", MANIFEST, "custom/__init__.p
 # elsewhere could be laid over a config, and MONAI Label loads the weights with the shortest name.
 _PARTS = re.compile(
     r"LICENSE|configs/\w+\.json|configs/logging\.conf|docs/([\w-]+/)*[\w.-]+\.(md|txt|png|jpg)"
-    r"|models/model\.(pt|json)",
+    r"|models/(model\.(pt|json)|LICENSE)",
     re.ASCII,
 )
 # Python would run a compiled file in place of the source that is hashed.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -105,6 +106,7 @@ def load_cases(
     fold: int | None = None,
     exclude_fold: int | Sequence[int] | None = None,
     label: bool = True,
+    labelled_share: float = 0.0,
 ) -> list[dict[str, Any]]:
     """The cases of one section, with absolute paths, in the order of the list.
 
@@ -115,6 +117,8 @@ def load_cases(
         fold: keep this fold only.
         exclude_fold: leave this fold, or these folds, out; ``None`` keeps all.
         label: whether every case must have a label.
+        labelled_share: in a list that "prepare_covid.py join" made, the cases with a fold, whose masks people
+            drew, are repeated until they are at least this share of all (0: not repeated, below 1).
 
     Returns:
         One dictionary a case: ``image``, ``label`` (and ``lung`` where given) as absolute paths,
@@ -172,6 +176,12 @@ def load_cases(
     for case, entry in zip(cases, entries, strict=True):
         if case["name"] in shared:  # the same file name in several folders
             case["name"] = "_".join(Path(entry["image"]).parts[:-1] + (case["name"],))
+    if not 0 <= labelled_share < 1:
+        raise ValueError(f"labelled_share must be 0 or more and below 1, got {labelled_share}")
+    drawn = [case for case, entry in zip(cases, entries, strict=True) if "fold" in entry]
+    if HELD_OUT in content and drawn and labelled_share:
+        needed = labelled_share / (1 - labelled_share) * (len(cases) - len(drawn))
+        cases += drawn * (math.ceil(needed / len(drawn)) - 1)
     return cases
 
 

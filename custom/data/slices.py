@@ -113,8 +113,8 @@ class SliceDataset(Dataset):
         # a process that looks later may find less missing, and a case would be nobody's.
         world = torch.distributed.get_world_size() if distributed else 1
         rank = torch.distributed.get_rank() if distributed else 0
-        mine = enumerate(self._folders)
-        missing = [i for i, folder in mine if i % world == rank and not _is_whole(folder)]
+        mine = {folder: i for i, folder in enumerate(self._folders) if i % world == rank}  # each once
+        missing = [i for folder, i in mine.items() if not _is_whole(folder)]
         failures: list[dict[str, str]] = []
         if missing:
             loader = DataLoader(

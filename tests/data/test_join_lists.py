@@ -61,6 +61,22 @@ def test_what_is_added_is_trained_on_and_never_held_out(lists, tmp_path):
     assert content["description"] == "about labelled | about pseudo | about negatives"
 
 
+def test_masks_that_people_drew_are_repeated_to_their_share(lists, tmp_path):
+    path, root = join(lists, tmp_path, 1).datalist, tmp_path / "joined"
+
+    def patients(**options) -> list[str]:
+        return [case["patient_id"] for case in load_cases(path, root, exclude_fold=1, **options)]
+
+    once = ["p0", "p2", "v1", "v2", "n"]
+    assert patients() == patients(labelled_share=0.4) == once
+    assert patients(labelled_share=0.5) == [*once, "p0", "p2"]
+    assert patients(labelled_share=0.7) == [*once, *["p0", "p2"] * 3]
+    with pytest.raises(ValueError, match="labelled_share must be 0 or more and below 1, got 1"):
+        patients(labelled_share=1)
+    plain = load_cases(lists["labelled"], tmp_path / "labelled", labelled_share=0.9)
+    assert len(plain) == 3, "a list without other masks stays as it is"
+
+
 def test_another_fold_is_refused_when_joining_and_when_training(lists, tmp_path):
     with pytest.raises(ValueError, match="had seen all folds but 1; fold 0 cannot be held out with them"):
         join(lists, tmp_path, 0)

@@ -52,6 +52,17 @@ def test_slices_are_drawn_across_cases(cases, tmp_path):
     assert int(lesions[1]["label"].sum()) == 1
 
 
+def test_a_case_that_is_named_twice_is_prepared_once_and_drawn_twice(cases, tmp_path, monkeypatch):
+    prepared = []
+    prepare = SliceDataset.prepare_case
+    monkeypatch.setattr(
+        SliceDataset, "prepare_case", lambda self, number: (prepared.append(number), prepare(self, number))
+    )
+    dataset = SliceDataset([*cases, cases[0]], read(), [], tmp_path / "cache")
+    assert values(dataset) == [0, 1, 2, 100, 101, 102, 103, 0, 1, 2]
+    assert len(prepared) == 2
+
+
 def test_parts_by_slice_are_disjoint_and_complete(cases, tmp_path):
     parts = [
         values(SliceDataset(cases, read(), [], tmp_path / "cache", seed=4, part=part))
