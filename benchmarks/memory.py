@@ -14,7 +14,6 @@ any, that for a batch of slices is not. Everything is made in a temporary folder
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -46,7 +45,7 @@ def run_bundle(configs: list[str], overrides: dict[str, Any], log: Path) -> tupl
     files = [str(BUNDLE / "configs" / f"{name}.json") for name in configs]
     words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
     for key, value in {"bundle_root": str(BUNDLE), **overrides}.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        words += [f"--{key}", value if isinstance(value, str) else repr(value)]
     started = time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=BUNDLE)

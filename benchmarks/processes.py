@@ -41,7 +41,7 @@ def run(configs: list[str], overrides: dict[str, Any], processes: int) -> float:
     words = [sys.executable, *(launcher if processes > 1 else []), "-m", "monai.bundle", "run"]
     words += ["--config_file", str(files)]
     for key, value in {"bundle_root": str(BUNDLE), **overrides}.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        words += [f"--{key}", value if isinstance(value, str) else repr(value)]
     started = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=BUNDLE, env=environment, capture_output=True, text=True, check=False)

@@ -245,13 +245,16 @@ def start(argv: Sequence[str] | None = None) -> None:
 
 
 def check_overrides(argv: Sequence[str]) -> None:
-    """Refuse ``--key value`` pairs of ``monai.bundle run`` whose first part no given config file defines.
+    """Refuse ``--key value`` pairs of ``monai.bundle run`` that would not do what they say.
+
+    These are keys that no given config file defines, and ``true`` and ``false`` for a switch: MONAI reads
+    values as Python does, and either text would be true.
 
     Args:
         argv: arguments after ``python -m monai.bundle``.
 
     Raises:
-        ValueError: When a key is unknown; the message names the closest known key.
+        ValueError: When a key is unknown (the message names the closest known key) or a switch such a text.
     """
     options: dict[str, str] = {}
     for position, word in enumerate(argv):
@@ -272,18 +275,28 @@ def check_overrides(argv: Sequence[str]) -> None:
         "args_file",
     }
     known |= {"workflow_type", "workflow_name", "properties_path", "runner_id"}
+    switches: set[str] = set()
     listed = options["config_file"].strip("[] ").split(",")
     for name in (part.strip(" '\"") for part in listed):
         if not Path(name).is_file():
             return  # MONAI names the missing file itself
         if name.endswith(".json"):
-            known |= {key.lstrip("+") for key in json.loads(Path(name).read_text(encoding="utf-8"))}
-    for name in options:
+            content = json.loads(Path(name).read_text(encoding="utf-8"))
+            known |= {key.lstrip("+") for key in content}
+            switches |= {key for key, value in content.items() if _is_switch(value)}
+    for name, text in options.items():
+        if name in switches and text in ("true", "false"):
+            raise ValueError(f"--{name} {text}: write {text.capitalize()}, with a capital letter")
         first = re.split(r"::|#", name)[0]
         if first not in known and first.replace("-", "_") not in known:
             close = difflib.get_close_matches(first, sorted(known), n=1)
             hint = f"did you mean --{close[0]}?" if close else "see the keys of the config files"
             raise ValueError(f"unknown option --{name}: no config file defines '{first}'; {hint}")
+
+
+def _is_switch(value: Any) -> bool:
+    """Whether a config's value is true or false, or taken from the weights with such a default."""
+    return isinstance(value.get("default") if isinstance(value, dict) else value, bool)
 
 
 def require_file(path: str | os.PathLike, what: str) -> None:

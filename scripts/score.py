@@ -11,7 +11,7 @@ case, OUTPUT.json the same and the summary with the protocol of each mean.
 A bundle on a folder of slices and one of their masks, in two commands (the first in the bundle's folder):
 
     python -m monai.bundle run --config_file "['configs/inference.json','configs/inference_slices.json']" \\
-        --logging_file configs/logging.conf --dataset_dir IMAGES --output_dir RESULTS --probabilities true
+        --logging_file configs/logging.conf --dataset_dir IMAGES --output_dir RESULTS --probabilities True
     python scripts/score.py --predictions RESULTS/probabilities --truths MASKS --output scores
 
 RESULTS/masks gives the same but for MAE, the mean of |prediction - truth|, which is then that of the mask.

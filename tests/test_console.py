@@ -84,6 +84,21 @@ def test_misspelt_overrides_are_refused_with_a_hint(tmp_path):
         check_overrides(["run", f"--config_file={tmp_path / 'train.json'}", "--zzz#a", "1"])
 
 
+def test_a_switch_that_python_would_take_for_a_text_is_refused(tmp_path):
+    """--resume false went on from the checkpoint: the text 'false' is true."""
+    content = {"resume": True, "flip": {"_target_": "f", "default": False}, "name": "x"}
+    (tmp_path / "train.json").write_text(json.dumps(content))
+
+    def check(*words: str) -> None:
+        check_overrides(["run", "--config_file", str(tmp_path / "train.json"), *words])
+
+    check("--resume", "False", "--flip", "True", "--name", "false")
+    with pytest.raises(ValueError, match=r"--resume false: write False"):
+        check("--resume", "false")
+    with pytest.raises(ValueError, match=r"--flip true: write True"):
+        check("--flip=true")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="it should hold the weights"):
         require_file(tmp_path / "model.pt", "weights")

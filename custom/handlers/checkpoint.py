@@ -206,7 +206,7 @@ class TrainingCheckpoint:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{self.folder} holds a checkpoint of another training ({reason}); "
-                "give another ckpt_dir, or --resume false to start afresh"
+                "give another ckpt_dir, or --resume False to start afresh"
             ) from error
         scaler = getattr(engine, "scaler", None)
         if scaler is not None and "scaler" in content:
@@ -221,7 +221,7 @@ class TrainingCheckpoint:
         if content["stopped"] or content["epoch"] >= engine.state.max_epochs:
             logger.info(
                 f"training in {self.folder} had ended after epoch {content['epoch']}; nothing is left to do "
-                "(raise the number of epochs, or --resume false to start afresh)"
+                "(raise the number of epochs, or --resume False to start afresh)"
             )
             engine.state.max_epochs = content["epoch"]
         else:

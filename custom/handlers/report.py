@@ -29,6 +29,7 @@ from custom.reporting.pictures import StudyPictures, take_pictures
 from custom.reporting.quantify import CONSOLIDATION_FROM_HU, LUNGS, measure_opacity
 from custom.reporting.report import build_failure, build_report, headline
 from custom.reporting.table import flatten_report, write_table
+from custom.transforms.lung_regions import REMOVED
 
 __all__ = ["StudyReport"]
 
@@ -191,6 +192,8 @@ class StudyReport:
             opacity, affine, lungs, hu, lobes, no_lungs_reason=no_lungs, no_lobes_reason=no_lobes
         )
         info = describe_scan(scan)
+        if told := _describe_removed(output["pred"], measured["voxel_volume_ml"]):
+            info["notes"] = [*info.get("notes", ()), told]
         if remark := doubt_opacity(measured):
             info["notes"] = [*info.get("notes", ()), remark]
             logger.warning(f"{name}: {remark}")
@@ -323,6 +326,18 @@ class StudyReport:
             {key: value[0, 0].float().cpu().numpy() for key, value in maps.items()},
             aspect=float(spacing[1] * seen.shape[2] / (spacing[0] * seen.shape[1])),
         )
+
+
+def _describe_removed(mask: Any, voxel_ml: float | None) -> str:
+    """What postprocessing took away far from the lungs, or ""."""
+    removed = getattr(mask, "meta", {}).get(REMOVED)
+    if not removed:
+        return ""
+    volume = f"{removed['voxels'] * voxel_ml:.1f} mL" if voxel_ml else f"{removed['voxels']} voxels"
+    return (
+        f"removed {volume} of opacity that was found nowhere within {removed['reach_mm']:g} mm of the lungs "
+        f"(regions: {removed['regions']})"
+    )
 
 
 def _clear(folder: Path, name: str) -> None:

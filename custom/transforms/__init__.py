@@ -16,6 +16,7 @@ from custom.transforms.lung import (
     NoLungError,
 )
 from custom.transforms.lung_extraction import extract_lungs
+from custom.transforms.lung_regions import KeepLungRegionsD, KeepLungRegionsd, KeepLungRegionsDict
 from custom.transforms.pictures import LoadPictureD, LoadPictured, LoadPictureDict
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "InvertToMaskD",
     "InvertToMaskDict",
     "InvertToMaskd",
+    "KeepLungRegionsD",
+    "KeepLungRegionsDict",
+    "KeepLungRegionsd",
     "LoadCTD",
     "LoadCTDict",
     "LoadCTd",

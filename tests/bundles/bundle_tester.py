@@ -74,7 +74,7 @@ def bundle_command(bundle: Bundle, names: tuple[str, ...], overrides: dict, run_
     words = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", config]
     words += ["--logging_file", str(bundle.folder / "configs" / "logging.conf")]
     for key, value in {**bundle.reduced, **overrides}.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        words += [f"--{key}", value if isinstance(value, str) else repr(value)]
     return words
 
 
@@ -138,4 +138,4 @@ def check_configs_agree(bundle: Bundle) -> None:
         assert taken["default"] == train.get(key), key
         assert evaluate.get(key, taken) == taken, key
     assert {"image_size", "hu_window", "lung_margin_mm"} < told & set(evaluate)
-    assert json.dumps(inference.get("network_def")).count("@") == len(told) - 3
+    assert json.dumps(inference.get("network_def")).count("@") == len(told) - 4

@@ -66,7 +66,7 @@ def bundle_command(name: str, config: str, **overrides: Any) -> list[str]:
     words += ["--config_file", str(ROOT / "bundles" / name / "configs" / f"{config}.json")]
     words += ["--bundle_root", str(ROOT / "bundles" / name)]
     for key, value in {**settings_of(name), **overrides}.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        words += [f"--{key}", value if isinstance(value, str) else repr(value)]
     return words
 
 

@@ -121,7 +121,7 @@ def expected(bundle, scans, tmp_path_factory) -> Path:
     command += ["--config_file", str(bundle / "configs" / "inference.json"), "--bundle_root", str(bundle)]
     command += ["--dataset_dir", str(scans), "--output_dir", str(output)]
     for key, value in settings_of(SCOATNET).items():
-        command += [f"--{key}", json.dumps(value)]
+        command += [f"--{key}", repr(value)]
     environment = {**os.environ, "PYTHONPATH": str(bundle)}
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ended.returncode == 1 and "slices are missing" in ended.stderr, ended.stderr[-2000:]

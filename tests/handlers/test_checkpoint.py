@@ -285,7 +285,7 @@ def test_a_checkpoint_of_another_training_is_refused_and_can_be_overridden(tmp_p
     content = load(tmp_path / "checkpoint_latest.pt")
     content["network"].pop("0.weight")
     torch.save(content, tmp_path / "checkpoint_latest.pt")
-    with pytest.raises(ValueError, match="--resume false to start afresh"):
+    with pytest.raises(ValueError, match="--resume False to start afresh"):
         build(tmp_path, 2).run()
     build(tmp_path, 2, resume=False).run()
     assert load(tmp_path / "checkpoint_latest.pt")["epoch"] == 2

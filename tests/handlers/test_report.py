@@ -20,7 +20,7 @@ from custom.console import CohortError
 from custom.data import write_dicom_series
 from custom.handlers import StudyReport
 from custom.networks import SCOATNet
-from custom.transforms import LoadCTd
+from custom.transforms import KeepLungRegionsd, LoadCTd
 
 AFFINE = torch.tensor([[0.0, -2, 0, 9], [-3, 0, 0, 8], [0, 0, 5, -4], [0, 0, 0, 1]], dtype=torch.float64)
 
@@ -67,6 +67,19 @@ def read(folder: Path, name: str = "s1") -> dict:
     there = {path.name for path in (folder / name).iterdir()} - {f"{name}_report.json"}
     assert there == {file for file in report["files"].values() if file}, "the report names what is there"
     return report
+
+
+def test_what_was_removed_far_from_the_lungs_is_told(tmp_path):
+    batch, output = study()
+    batch = with_lungs(batch)
+    output["pred"][0, 2:4, 5:9, 4] = 0
+    output["pred"][0, 7, 0, :2] = 1  # two voxels of 2 x 3 x 5 mm, 4 mm (two steps of 2 mm) beside a lung
+    output["pred"] = KeepLungRegionsd("pred", reach_mm=2)({**batch, **output})["pred"]
+    run(StudyReport(tmp_path / "out"), batch, output)
+    report = read(tmp_path / "out")
+    told = "removed 0.1 mL of opacity that was found nowhere within 2 mm of the lungs (regions: 1)"
+    assert report["source"]["notes"] == [told]
+    assert report["opacity_voxels"] == 0
 
 
 def test_mask_numbers_and_picture_of_a_study(tmp_path):

@@ -77,7 +77,7 @@ class Receiver:
         options = {} if inside else {"bundle_root": str(self.folder)}
         for key, value in {**options, **self.small, **overrides}.items():
             if value is not None:
-                words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+                words += [f"--{key}", value if isinstance(value, str) else repr(value)]
         return subprocess.run(
             [self.python, "-m", "monai.bundle", "run", *words],
             cwd=cwd,
