@@ -12,9 +12,9 @@ from monai.bundle import ConfigParser
 
 from custom.bundle import WeightsLoader, prepare_network
 from custom.bundle.half import export_half, to_half
-from custom.bundle.manifest import file_sha256
 from custom.bundle.network_check import check_values
 from custom.bundle.settings import read_settings, write_settings
+from custom.data.files import file_sha256
 from custom.deployment.label_bundle import check_weights
 from custom.inferers import BackendSliceInferer
 from custom.networks import DilatedAttentionUNet, SCOATNet

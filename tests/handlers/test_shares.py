@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import custom
-from custom.bundle.manifest import file_sha256
+from custom.data.files import file_sha256
 from custom.handlers.shares import SharedStudies, gather_on_first
 
 
