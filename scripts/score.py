@@ -8,21 +8,22 @@ or a map of probabilities. They are paired by file name without its suffix, neve
 have its partner. Printed are means over slices and cases, and pooled values; OUTPUT.csv has a row for each
 case, OUTPUT.json the same and the summary with the protocol of each mean.
 
-A bundle on a folder of slices and one of their masks, in two commands (the first in the bundle's folder):
+A bundle with weights can be given in place of predictions. It segments IMAGES first, slices or volumes:
 
-    python -m monai.bundle run --config_file "['configs/inference.json','configs/inference_slices.json']" \\
-        --logging_file configs/logging.conf --dataset_dir IMAGES --output_dir RESULTS --probabilities True
-    python scripts/score.py --predictions RESULTS/probabilities --truths MASKS --output scores
+    python scripts/score.py --bundle bundles/covid_ct_ncovsegnet_segmentation --images IMAGES \\
+        --truths MASKS --output scores
 
-RESULTS/masks gives the same but for MAE, the mean of |prediction - truth|, which is then that of the mask.
-Slices that are not stored upright need --stored_orientation (transposed, rotated-90, ...); masks come back as
-the slices are stored.
+Its results are kept in OUTPUT_predictions. Slices are scored by their maps of probabilities, so that MAE is
+the mean of |probability - truth|; volumes by their masks. Slices that are not stored upright need
+--stored-orientation (transposed, rotated-90, ...); masks come back as the slices are stored.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -176,12 +177,56 @@ def _geometry(
     return grid_geometry(affine)
 
 
+def segment(bundle: Path, images: Path, output: Path, orientation: str, settings: Iterable[str]) -> Path:
+    """Run a bundle's inference on slices or volumes.
+
+    Args:
+        bundle: its folder.
+        images: folder of pictures or of scans.
+        output: folder for the results; what an earlier run left there is removed.
+        orientation: how slices are stored.
+        settings: further ``KEY=VALUE`` for the configs.
+
+    Returns:
+        The folder of the predictions.
+    """
+    configs = [bundle / "configs" / f"{name}.json" for name in ("inference", "inference_slices")]
+    if not configs[0].is_file():
+        raise FileNotFoundError(f"{bundle} is no bundle: it has no configs/inference.json")
+    if not images.is_dir():
+        raise FileNotFoundError(f"folder of images not found: {images}")
+    slices = any(path.suffix.lower() in PICTURES for path in images.rglob("*"))
+    words = ["--config_file", str([str(config.resolve()) for config in configs[: 1 + slices]])]
+    words += ["--logging_file", str(configs[0].with_name("logging.conf").resolve()), "--bundle_root", "."]
+    words += ["--dataset_dir", str(images.resolve()), "--output_dir", str(output.resolve())]
+    words += ["--probabilities", "True", "--stored_orientation", orientation] if slices else []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set '{setting}' is no KEY=VALUE")
+        words += [f"--{key}", value]
+    shutil.rmtree(output, ignore_errors=True)
+    code = subprocess.run([sys.executable, "-m", "monai.bundle", "run", *words], cwd=bundle).returncode
+    if code:
+        raise ValueError(f"the bundle ended with exit code {code}; its last line above says why")
+    return output / "probabilities" if slices else output
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--predictions", type=Path, required=True, help="folder of the predictions")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--predictions", type=Path, help="folder of the predictions")
+    given.add_argument("--bundle", type=Path, help="folder of a bundle with weights, to predict with")
+    parser.add_argument("--images", type=Path, help="folder of slices or scans for the bundle")
+    parser.add_argument(
+        "--stored-orientation", default="upright", help="of the slices for the bundle (default: upright)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for the bundle's configs"
+    )
     parser.add_argument("--truths", type=Path, required=True, help="folder of the truths")
     parser.add_argument(
         "--output", type=Path, required=True, help="where to write: OUTPUT.csv and OUTPUT.json"
@@ -207,7 +252,15 @@ def main(argv: list[str] | None = None) -> None:
         help="distance in mm up to which a surface counts as met in the surface Dice (default: 3)",
     )
     args = parser.parse_args(argv)
-    predictions = MaskFolder(args.predictions, "prediction", args.prediction_suffix, args.prediction_max)
+    output = args.output.with_suffix("") if args.output.suffix in (".csv", ".json") else args.output
+    if (args.bundle is None) != (args.images is None):
+        raise ValueError("--bundle and --images go together: the bundle segments the images")
+    suffix = args.prediction_suffix
+    if args.bundle is not None:
+        kept = output.with_name(f"{output.name}_predictions")
+        args.predictions = segment(args.bundle, args.images, kept, args.stored_orientation, args.set)
+        suffix = suffix or ("_opacity" if args.predictions == kept else "")
+    predictions = MaskFolder(args.predictions, "prediction", suffix, args.prediction_max)
     truths = MaskFolder(args.truths, "truth", args.truth_suffix, args.truth_max)
     names = pair_names(predictions, truths)
     bar = tqdm(names, desc="scoring", unit="case", dynamic_ncols=True, mininterval=bar_interval())
@@ -220,7 +273,6 @@ def main(argv: list[str] | None = None) -> None:
         raise CohortError(failures, len(names), "cases")
     summary = summarize_scores(scores)
     settings = {"threshold": args.threshold, "surface_tolerance_mm": args.surface_tolerance}
-    output = args.output.with_suffix("") if args.output.suffix in (".csv", ".json") else args.output
     written = write_scores(output, scores, summary, settings, failures)
     print(format_summary(summary))
     print("written: " + ", ".join(os.fspath(path) for path in written))

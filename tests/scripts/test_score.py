@@ -10,8 +10,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from custom.bundle.settings import write_settings
+from custom.data.phantom import make_phantom
+from custom.networks import SCOATNet
+
+NAME = "covid_ct_scoatnet_segmentation"
 ROOT = Path(__file__).resolve().parent.parent.parent
 spec = importlib.util.spec_from_file_location("score", ROOT / "scripts" / "score.py")
 score = importlib.util.module_from_spec(spec)
@@ -239,3 +245,63 @@ def test_other_files_that_cannot_be_taken(pictures, capsys):
     shutil.rmtree(pictures / "out")
     assert "no prediction in" in refused(pictures, capsys, "--prediction-suffix", "_x")
     assert "folder of predictions not found" in refused(pictures / "t", capsys)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A bundle with weights as training leaves them: their settings beside them."""
+    folder = tmp_path_factory.mktemp("bundle") / NAME
+    shutil.copytree(ROOT / "bundles" / NAME, folder, ignore=shutil.ignore_patterns("models"))
+    torch.manual_seed(0)
+    (folder / "models").mkdir()
+    torch.save(SCOATNet(channels=(8, 8, 8, 8, 8)).state_dict(), folder / "models" / "model.pt")
+    settings = {"channels": [8, 8, 8, 8, 8], "image_size": [32, 32]}
+    write_settings(folder / "models" / "model.pt", settings)
+    return folder
+
+
+def test_a_bundle_on_slices_as_they_are_stored(bundle, tmp_path, capfd):
+    grey = np.random.default_rng(0).integers(0, 256, (40, 60))
+    for name in ("a", "b"):
+        picture(tmp_path / "i" / f"{name}.png", grey)
+        picture(tmp_path / "t" / f"{name}.png", np.arange(40)[:, None] * np.ones(60) > 20)
+    where = ["--images", str(tmp_path / "i"), "--truths", str(tmp_path / "t"), "--truth-max", "1"]
+    where += ["--output", str(tmp_path / "out" / "scores"), "--stored-orientation", "transposed"]
+    assert score.main(["--bundle", str(bundle), *where]) == 0
+    assert "over slices" in capfd.readouterr().out
+    kept = tmp_path / "out" / "scores_predictions"
+    with Image.open(kept / "probabilities" / "a.png") as soft:
+        assert soft.size == (60, 40), "as the slice is stored"
+    again = ["--predictions", str(kept / "probabilities"), *where[2:6]]
+    assert score.main([*again, "--output", str(tmp_path / "again")]) == 0
+    first, second = (
+        json.loads(file.read_text()) for file in (tmp_path / "out" / "scores.json", tmp_path / "again.json")
+    )
+    assert first["cases"] == second["cases"] and len(first["cases"]) == 2
+
+
+def test_a_bundle_on_volumes(bundle, tmp_path, capfd):
+    phantom = make_phantom(shape=(48, 40, 12), spacing=(7.0, 7.0, 20.0), seed=3)
+    nifti(tmp_path / "i" / "p.nii.gz", phantom.image.astype(np.float32), phantom.affine)
+    nifti(tmp_path / "t" / "p.nii.gz", (phantom.label > 0).astype(np.uint8), phantom.affine)
+    words = ["--bundle", str(bundle), "--images", str(tmp_path / "i"), "--truths", str(tmp_path / "t")]
+    assert score.main([*words, "--output", str(tmp_path / "scores")]) == 0
+    (case,) = json.loads((tmp_path / "scores.json").read_text())["cases"]
+    assert case["name"] == "p"
+    assert (tmp_path / "scores_predictions" / "p" / "p_report.json").is_file()
+
+
+def test_a_bundle_that_cannot_predict(bundle, tmp_path, capfd):
+    def line(*words: str) -> str:
+        common = ["--truths", str(tmp_path), "--output", str(tmp_path / "out" / "scores")]
+        assert score.main([*words, *common]) == 2
+        assert not (tmp_path / "out" / "scores.json").exists()
+        return [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")][-1]
+
+    assert "--bundle and --images go together" in line("--bundle", str(bundle))
+    assert "is no bundle" in line("--bundle", str(tmp_path), "--images", str(tmp_path))
+    assert "folder of images not found" in line("--bundle", str(bundle), "--images", str(tmp_path / "no"))
+    picture(tmp_path / "i" / "a.png", np.zeros((8, 8)))
+    images = ("--bundle", str(bundle), "--images", str(tmp_path / "i"))
+    assert "'x' is no KEY=VALUE" in line(*images, "--set", "x")
+    assert "the bundle ended with exit code 2" in line(*images, "--set", "ckpt_path=missing.pt")
