@@ -19,7 +19,7 @@ from custom.console import command
 from custom.data.covid_lists import CovidSummary
 from custom.data.covid_sets import prepare_covid_ct_seg, prepare_medseg, prepare_mosmed
 from custom.data.covid_slices import SliceOptions
-from custom.data.datalist import read_datalist
+from custom.data.datalist import ANY_FOLD, read_datalist
 from custom.data.join_lists import join_datalists, parse_fold
 from custom.data.lung_negatives import NegativeSummary, prepare_negatives
 from custom.data.plain_slices import ORIENTATIONS, prepare_slices
@@ -88,7 +88,7 @@ def negatives(options: argparse.Namespace) -> int:
 
 
 def join(options: argparse.Namespace) -> int:
-    fold = parse_fold(options.held_out_fold)
+    fold = ANY_FOLD if options.held_out_fold == ANY_FOLD else parse_fold(options.held_out_fold)
     print(join_datalists(options.labelled, options.add, options.output_dir, fold))
     return 0
 
@@ -259,7 +259,8 @@ def main(argv: list[str] | None = None) -> int:
         required=True,
         metavar="FOLD",
         help="the fold that will be held out, which the networks behind pseudo-labels must not have seen; "
-        "'none' for the final training, when nothing is left to score on",
+        "'any' where no pseudo-labels are added; 'none' for the final training, after which nothing can "
+        "be scored",
     )
     joined.set_defaults(run=join)
 

@@ -18,7 +18,10 @@ __all__ = ["export_half", "to_half"]
 
 
 def to_half(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Round floating-point tensors to float16; counters stay as they are.
+    """Round convolutions and other matrices to float16.
+
+    Counters stay as they are. So do vectors, which take hardly any place: a variance that batch normalisation
+    keeps may lie beyond float16's range, or so low that a rounding error moves all that it scales.
 
     Args:
         weights: a ``state_dict``.
@@ -30,6 +33,11 @@ def to_half(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for key, tensor in weights.items():
         if not tensor.is_floating_point():
             rounded[key] = tensor.clone()
+            continue
+        if tensor.ndim < 2:
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"'{key}' has values that are not finite; the training that gave it failed")
+            rounded[key] = tensor.to(torch.float32, copy=True)
             continue
         half = tensor.to(torch.float16, copy=True)
         if not torch.isfinite(half).all():

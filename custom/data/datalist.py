@@ -15,10 +15,19 @@ import numpy as np
 
 from custom.data.files import write_json
 
-__all__ = ["HELD_OUT", "assign_folds", "load_cases", "read_datalist", "relative_path", "write_datalist"]
+__all__ = [
+    "ANY_FOLD",
+    "HELD_OUT",
+    "assign_folds",
+    "load_cases",
+    "read_datalist",
+    "relative_path",
+    "write_datalist",
+]
 
 SECTIONS = ("training", "validation", "testing")
 HELD_OUT = "held_out_fold"
+ANY_FOLD = "any"  # value of it where no network that drew masks had seen a fold
 
 
 def _fail(path: Path, where: str, what: str) -> ValueError:
@@ -142,7 +151,7 @@ def load_cases(
             raise ValueError(
                 f"data list {path} has no fold {wanted} in '{section}'; it has {folds or 'none'}"
             )
-    if excluded and HELD_OUT in content and content[HELD_OUT] not in excluded:
+    if excluded and HELD_OUT in content and content[HELD_OUT] not in (ANY_FOLD, *excluded):
         raise ValueError(
             f"data list {path} holds masks drawn by networks that had seen all folds but "
             f"{'none' if content[HELD_OUT] is None else content[HELD_OUT]}; with fold {excluded[0]} held out "

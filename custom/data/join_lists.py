@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from custom.console import bar_interval
-from custom.data.datalist import HELD_OUT, SECTIONS, read_datalist, relative_path, write_datalist
+from custom.data.datalist import ANY_FOLD, HELD_OUT, SECTIONS, read_datalist, relative_path, write_datalist
 from custom.data.files import file_sha256
 from custom.data.plain_slices import SAME_PATIENT_CORRELATION, read_picture, thumbnails
 
@@ -46,7 +46,7 @@ def join_datalists(
     labelled: str | os.PathLike,
     additions: Sequence[str | os.PathLike],
     output_dir: str | os.PathLike,
-    held_out_fold: int | None,
+    held_out_fold: int | str | None,
 ) -> JoinedList:
     """Join a data list in folds with lists that are only trained on.
 
@@ -59,7 +59,8 @@ def join_datalists(
         additions: data lists without folds: pseudo-labels, negatives.
         output_dir: gets ``datalist.json``, with paths relative to it; no picture is copied.
         held_out_fold: the fold that will be held out, which the networks that drew pseudo-labels must not
-            have seen; None for the final training, after which nothing of the labelled list can be scored.
+            have seen; "any" where no list holds masks that networks drew; None for the final training, after
+            which nothing of the labelled list can be scored.
 
     Raises:
         FileNotFoundError: When a list or a picture is not there.
@@ -75,9 +76,9 @@ def join_datalists(
         raise ValueError(
             f"data list {first} must be a labelled one, with every entry of 'training' in a fold"
         )
-    if held_out_fold is not None and held_out_fold not in folds:
+    if held_out_fold not in (None, ANY_FOLD, *folds):
         raise ValueError(f"data list {first} has no fold {held_out_fold}; it has {folds}")
-    held_out = [entry for entry in entries if entry["fold"] == held_out_fold]
+    held_out = [entry for entry in entries if held_out_fold in (ANY_FOLD, entry["fold"])]
     joined = [_rebase(entry, first.parent, output) for entry in entries]
     sources = [_source(content, first, len(entries))]
     seen = {_digest(first.parent / entry["image"]): entry["image"] for entry in entries}
@@ -104,14 +105,16 @@ def join_datalists(
             alike = (looks @ _looks([image]).T).ravel() if held_out else np.zeros(0)
             if len(alike) and alike.max() >= SAME_PATIENT_CORRELATION:
                 other = held_out[int(alike.argmax())]["image"]
-                reason = f"looks like {other} of the held-out fold (correlation {alike.max():.2f})"
+                reason = f"looks like {other}, which can be held out (correlation {alike.max():.2f})"
                 left_out.append({"image": str(image), "reason": reason})
                 continue
             joined.append(_rebase(entry, path.parent, output))
             kept += 1
         sources.append(_source(content, path, kept))
     names = " + ".join(source["name"] for source in sources)
-    end = "no fold can be held out" if held_out_fold is None else f"only fold {held_out_fold} can be held out"
+    words: dict[Any, str] = {None: "no fold", ANY_FOLD: "any fold"}
+    which = words.get(held_out_fold, f"only fold {held_out_fold}")
+    end = f"{which} can be held out"
     write_datalist(
         output / "datalist.json",
         names,
@@ -141,7 +144,7 @@ def parse_fold(text: str) -> int | None:
     return int(text)
 
 
-def _check_addition(path: Path, content: dict[str, Any], held_out_fold: int | None) -> None:
+def _check_addition(path: Path, content: dict[str, Any], held_out_fold: int | str | None) -> None:
     filled = [section for section in SECTIONS if content.get(section)]
     if filled != ["training"]:
         raise ValueError(f"data list {path} has the sections {filled}; only 'training' can be added")
@@ -158,9 +161,9 @@ def _check_addition(path: Path, content: dict[str, Any], held_out_fold: int | No
     unseen = teachers.get("unseen_fold") if isinstance(teachers, dict) else None
     if unseen != held_out_fold:
         what = "all folds" if unseen is None else f"all folds but {unseen}"
+        which = "not any fold can" if held_out_fold == ANY_FOLD else f"fold {held_out_fold} cannot"
         raise ValueError(
-            f"data list {path} has masks of networks that had seen {what}; fold {held_out_fold} cannot be "
-            "held out with them"
+            f"data list {path} has masks of networks that had seen {what}; {which} be held out with them"
         )
 
 

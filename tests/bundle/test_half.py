@@ -31,17 +31,29 @@ def script():
 
 
 def test_rounding_and_refusals():
-    weights = {"a": torch.tensor([1.0, 1 / 3, 6e-8]), "n": torch.tensor(70_000), "d": torch.ones(1).double()}
+    weights = {
+        "a": torch.tensor([[1.0, 1 / 3, 6e-8]]),
+        "n": torch.tensor(70_000),
+        "d": torch.ones(1, 1).double(),
+    }
     half = to_half(weights)
     assert half["a"].dtype == half["d"].dtype == torch.float16
-    assert half["a"].tolist() == pytest.approx([1, 1365 / 4096, 2**-24]), "1/3 rounds to 1365 * 2**-12"
+    assert half["a"][0].tolist() == pytest.approx([1, 1365 / 4096, 2**-24]), "1/3 rounds to 1365 * 2**-12"
     assert half["n"].dtype == torch.int64 and half["n"] == 70_000
     assert to_half(half)["a"].data_ptr() != half["a"].data_ptr() and to_half(half)["a"].equal(half["a"])
-    with pytest.raises(ValueError, match=r"'var' has values up to 65520, beyond 65504"):
-        to_half({"var": torch.tensor([-65520.0])})
+    with pytest.raises(ValueError, match=r"'w' has values up to 65520, beyond 65504"):
+        to_half({"w": torch.tensor([[-65520.0]])})
     for wrong in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="'w' has values that are not finite"):
-            to_half({"w": torch.tensor([1.0, wrong])})
+        for shape in ((2,), (1, 2)):
+            with pytest.raises(ValueError, match="'w' has values that are not finite"):
+                to_half({"w": torch.tensor([1.0, wrong]).reshape(shape)})
+
+
+def test_variances_keep_their_precision():
+    """The first variance of a ResNet-50 that was trained on ImageNet may be 119,718."""
+    variance = torch.tensor([119_718.0, 1e-9])
+    kept = to_half({"running_var": variance})["running_var"]
+    assert kept.dtype == torch.float32 and torch.equal(kept, variance)
 
 
 def test_the_command_writes_equal_bytes_and_takes_the_settings_with_it(tmp_path, capsys):
@@ -68,7 +80,7 @@ def test_the_command_writes_equal_bytes_and_takes_the_settings_with_it(tmp_path,
     assert export_weights.main([str(source), "--output", str(output)]) == 2
     assert "belongs to other weights" in capsys.readouterr().err and file_sha256(output) == digest
     assert export_weights.main([str(tmp_path / "none.pt"), "--output", str(output)]) == 2
-    torch.save({"w": torch.tensor([1e6])}, tmp_path / "big.pt")
+    torch.save({"w": torch.tensor([[1e6]])}, tmp_path / "big.pt")
     assert export_weights.main([str(tmp_path / "big.pt"), "--output", str(tmp_path / "c.pt")]) == 2
     assert "big.pt: 'w' has values up to 1e+06" in capsys.readouterr().err
     assert not (tmp_path / "c.pt").exists()

@@ -61,6 +61,14 @@ def test_what_is_added_is_trained_on_and_never_held_out(lists, tmp_path):
     assert content["description"] == "about labelled | about pseudo | about negatives"
 
 
+def test_negatives_alone_leave_every_fold_to_be_held_out(lists, tmp_path):
+    joined = join_datalists(lists["labelled"], [lists["negatives"]], tmp_path / "joined", "any")
+    for fold in (0, 1, 2):
+        assert len(load_cases(joined.datalist, tmp_path / "joined", exclude_fold=fold)) == 3
+    with pytest.raises(ValueError, match="all folds but 1; not any fold can be held out with them"):
+        join(lists, tmp_path, "any")
+
+
 def test_masks_that_people_drew_are_repeated_to_their_share(lists, tmp_path):
     path, root = join(lists, tmp_path, 1).datalist, tmp_path / "joined"
 
@@ -104,7 +112,7 @@ def test_what_looks_like_a_held_out_slice_is_left_out(lists, tmp_path):
     Image.fromarray(near).save(tmp_path / "pseudo" / "images" / "1.png")
     joined = join(lists, tmp_path, 1)
     assert [Path(one["image"]).name for one in joined.left_out] == ["1.png"]
-    assert "looks like images/1.png of the held-out fold (correlation 1.00)" in joined.left_out[0]["reason"]
+    assert "looks like images/1.png, which can be held out (correlation 1.00)" in joined.left_out[0]["reason"]
     assert [e["patient_id"] for e in read_datalist(joined.datalist)["training"]] == [
         "p0",
         "p1",
