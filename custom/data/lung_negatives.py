@@ -27,16 +27,16 @@ from custom.transforms import CropLungd, LoadCTd, LungMaskd, ValidateHUd
 
 __all__ = ["NegativeSummary", "prepare_negatives"]
 
-VERSION = 1  # raise it when the slices would come out differently
+VERSION = 2  # raise it when the slices would come out differently
 DISTANCE_MM = 5.0  # between a slice and the nearest outline of any reader
 MARGIN_MM = 5.0  # around the lungs, as the bundles crop volumes
-LEAST_LUNG = 0.25  # of the lung area of the scan's largest slice; less is the very top or bottom
 DESCRIPTION = (
     "Slices of LIDC-IDRI at least {distance:g} mm away from every nodule of 3 mm or more that any reader "
     "outlined, with empty masks. The patients were screened or examined for lung nodules and may have other "
     "lung disease (emphysema, fibrosis, scars, nodules below 3 mm, now and then an infiltrate): empty means "
     "that COVID-19 opacities are not expected, not that the lung is healthy. HU {low:g} to {high:g}, cropped "
-    "slice by slice to the lungs and {margin:g} mm. The Cancer Imaging Archive, "
+    "to the box of the scan's lungs and {margin:g} mm, its top and bottom slices included. The Cancer Imaging "
+    "Archive, "
     "doi:10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0. Armato et al., Medical Physics 38:915-931, 2011"
 )
 
@@ -177,23 +177,23 @@ def _prepare_series(job: _Job) -> dict[str, Any] | LeftOut:
         if reason is None:
             raise
         return LeftOut(job.series.uid, "failed", reason, True)
-    image, lung = scan["image"], scan["lung"]
-    area = np.asarray(lung[0] > 0).sum(axis=(0, 1))
+    whole = scan["image"]
+    image = CropLungd("image", mask_key="lung", margin_mm=MARGIN_MM)(scan)["image"]  # as inference crops
     affine = np.asarray(image.affine, float)
-    heights = affine[2, 3] + affine[2, 2] * np.arange(len(area))
+    heights = affine[2, 3] + affine[2, 2] * np.arange(image.shape[3])
+    below = round((affine[2, 3] - float(whole.affine[2, 3])) / affine[2, 2])  # slices that were cut off
     outlines = [c.z for a in job.xml.readings.annotations for c in a.contours]
     distance = np.abs(heights[:, None] - np.asarray(outlines)[None]).min(axis=1, initial=np.inf)
-    fit = np.flatnonzero((area >= LEAST_LUNG * area.max()) & (distance >= DISTANCE_MM))
+    fit = np.flatnonzero(distance >= DISTANCE_MM)
     if not len(fit):
-        reason = f"no slice with lung is {DISTANCE_MM:g} mm away from every nodule"
+        reason = f"no slice through the lungs is {DISTANCE_MM:g} mm away from every nodule"
         return LeftOut(job.series.uid, "CT with nodules everywhere", reason, False)
-    crop, to_grey = CropLungd("image", mask_key="lung", margin_mm=MARGIN_MM), SliceOptions(job.window).to_grey
+    to_grey = SliceOptions(job.window).to_grey
     stems = []
     for position in evenly_spaced(len(fit), job.per_series):
         k = int(fit[position])
-        cut = crop({"image": image[..., k : k + 1], "lung": lung[..., k : k + 1]})["image"]
-        pixels = to_grey(np.asarray(cut)[0, :, :, 0], HU)
-        stems.append(f"{job.name}_{k:04d}")
+        pixels = to_grey(np.asarray(image)[0, :, :, k], HU)
+        stems.append(f"{job.name}_{k + below:04d}")
         # The mask comes last: where it exists, its image does too.
         for kind, written in (("images", pixels), ("masks", np.zeros_like(pixels))):
             with atomic_path(job.output / kind / f"{stems[-1]}.png") as temporary:

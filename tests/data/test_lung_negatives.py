@@ -48,6 +48,8 @@ def test_only_slices_away_from_every_outline_are_taken(case, prepared):
 
 def test_slices_are_windowed_upright_and_cropped_to_the_lungs(case, prepared):
     folder, summary = prepared
+    sizes = {picture(folder / "images" / f"{stem}.png").shape for stem in summary.cases[0]["slices"]}
+    assert len(sizes) == 1, "one box for the scan, as in inference"
     for stem, k in zip(summary.cases[0]["slices"], numbers(summary), strict=True):
         pixels, mask = picture(folder / "images" / f"{stem}.png"), picture(folder / "masks" / f"{stem}.png")
         assert pixels.shape == mask.shape and not mask.any()
