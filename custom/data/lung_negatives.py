@@ -36,7 +36,8 @@ DESCRIPTION = (
     "lung disease (emphysema, fibrosis, scars, nodules below 3 mm, now and then an infiltrate): empty means "
     "that COVID-19 opacities are not expected, not that the lung is healthy. HU {low:g} to {high:g}, cropped "
     "to the box of the scan's lungs and {margin:g} mm, its top and bottom slices included. The Cancer "
-    "Imaging Archive, doi:10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0. Armato et al., Medical Physics 38:915-931, 2011"
+    "Imaging Archive, doi:10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0. Armato et al., Medical Physics "
+    "38:915-931, 2011"
 )
 
 
