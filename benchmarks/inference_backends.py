@@ -1,15 +1,16 @@
 # Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
 """Times every inference backend on whole volumes, and shows that their masks are the same.
 
-    python benchmarks/inference_backends.py [--bundles NAME ...] [--scans SCAN ...] [--image-size 128]
+    python benchmarks/inference_backends.py [--bundles NAME ...] [--scans SCAN ...]
 
-Each bundle's network, at its full width, is trained for a moment on synthetic patients, so that its mask is
-neither empty nor full, or takes its weights from --weights. Its own inference.json prepares each scan and
-inverts the result. The backends take turns, --repeats times, after one run that builds them; medians are
-shown. Whole: the preparation, the network and the way back to the scan's grid, without reports. A backend
-whose mask has a Dice below 0.999 with eager PyTorch's, or that does not run, has failed and gets no times.
-With CT_DATA in the environment its ct_lung_dicom is a scan, too. Load: that of the machine while the scan was
-timed, so more than the threads used here means that other programs made the times longer.
+Each bundle's network has the weights that the bundle comes with, or those of --weights, and the width and
+size that they were trained with. Its own inference.json prepares each scan and inverts the result; each slice
+goes through the network once, without its mirror image. The backends take turns, --repeats times, after one
+run that builds them; medians are shown. Whole: the preparation, the network and the way back to the scan's
+grid, without reports. A backend whose mask has a Dice below 0.999 with eager PyTorch's, or that does not run,
+has failed and gets no times. With CT_DATA in the environment its ct_lung_dicom is a scan, too. Load: that of
+the machine while the scan was timed, so more than the threads used here means that other programs made the
+times longer.
 """
 
 from __future__ import annotations
@@ -27,20 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 from monai.data import decollate_batch, list_data_collate
 from monai.inferers import Inferer
 
-from custom.console import command
-from custom.data.files import atomic_path
+from custom.console import command, require_file
+from custom.data.files import atomic_path, file_sha256
 from custom.data.phantom import make_phantom
-from custom.data.phantom_cohort import write_cohort
 from custom.inferers import BACKENDS, BackendSliceInferer
 
 ROOT = Path(__file__).resolve().parent.parent
 GATE = 0.999
-TRAINING_SIZE = [64, 64]
-PATIENTS: dict[str, Any] = {"lesions": ("ground_glass", "consolidation"), "burden": 0.6}
+LESIONS = ("ground_glass", "consolidation")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 HEADER = (
     "bundle",
@@ -56,53 +55,23 @@ HEADER = (
 )
 
 
-def train(bundle: Path, work: Path, epochs: int) -> Path:
-    """Train the bundle's network with its own train.json; returns the weights' file."""
-    write_cohort(
-        work / "cohort", 8, seed=1, shape=(96, 96, 16), spacing=(3.6, 3.6, 17.0), n_folds=4, **PATIENTS
-    )
-    overrides = {
-        "bundle_root": str(bundle),
-        "dataset_dir": str(work / "cohort"),
-        "output_dir": str(work / "eval"),
-        "ckpt_dir": str(work / bundle.name),
-        "cache_dir": str(work / bundle.name / "cache"),
-        "image_size": TRAINING_SIZE,
-        "num_workers": 0,
-        "batch_size": 4,
-        "epochs": epochs,
-        "val_interval": epochs,
-    }
-    if "ncovsegnet" in bundle.name:
-        overrides["scales"] = [1.0]
-    workflow = ConfigWorkflow(
-        workflow_type="train",
-        config_file=str(bundle / "configs" / "train.json"),
-        meta_file=str(bundle / "configs" / "metadata.json"),
-        logging_file=False,
-        **overrides,
-    )
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return work / bundle.name / "model.pt"
-
-
-def read_bundle(bundle: Path, weights: Path, image_size: int) -> tuple[ConfigParser, torch.nn.Module]:
-    """The parsed inference.json on the CPU, and its network with the weights."""
+def read_bundle(
+    bundle: Path, weights: Path, image_size: int | None
+) -> tuple[ConfigParser, torch.nn.Module, list[int]]:
+    """The parsed inference.json on the CPU, its network with the weights, and the size of the slices."""
     parser = ConfigParser()
     parser.read_config(bundle / "configs" / "inference.json")
     parser["bundle_root"] = str(bundle)
+    parser["ckpt_path"] = str(weights)  # beside it lies model.json, with the network's width and more
     parser["device"] = torch.device("cpu")
-    parser["image_size"] = [image_size, image_size]
+    if image_size is not None:
+        parser["image_size"] = [image_size, image_size]
     network = parser.get_parsed_content("network_def")
     try:
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except RuntimeError as error:
-        raise ValueError(
-            f"{weights} does not hold weights of {bundle.name}'s network at full width"
-        ) from error
-    return parser, network.eval()
+        raise ValueError(f"{weights} does not hold weights of {bundle.name}'s network") from error
+    return parser, network.eval(), parser.get_parsed_content("image_size")
 
 
 def clock(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -160,7 +129,7 @@ def compare(pipeline: Pipeline, inferers: dict[str, Inferer], repeats: int) -> l
             reference = mask
             share = mask.float().mean().item()
             if not 1e-4 < share < 0.5:
-                reason = f"{share:.2%} of the scan is in the mask, which shows nothing; change --epochs"
+                reason = f"{share:.2%} of the scan is in the mask, which shows nothing; take another scan"
                 return [_failed(name, "-", reason) for name in inferers]
             print(f"  mask: {int(mask.sum())} of {mask.numel()} voxels ({share:.2%})", flush=True)
         scores[name] = dice(mask, reference)
@@ -247,10 +216,9 @@ def main(argv: list[str] | None = None) -> int:
         "--scans", nargs="*", type=Path, default=[], help="NIfTI files or folders of one series"
     )
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
-    parser.add_argument("--image-size", type=int, default=128, help="side of the slices in the network")
+    parser.add_argument("--image-size", type=int, help="side of the slices in the network; default: trained")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=4, help="of the training on synthetic patients")
     parser.add_argument("--weights", type=Path, help="model.pt of the one bundle that is named")
     parser.add_argument("--table", type=Path, default=Path("inference_backends.md"), help="Markdown to write")
     options = parser.parse_args(argv)
@@ -260,26 +228,30 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     about = [
         *machine(),
-        f"slices of {options.image_size} x {options.image_size}, batches of {options.batch_size}, "
-        f"medians of {options.repeats} interleaved runs",
+        f"batches of {options.batch_size} slices, medians of {options.repeats} interleaved runs",
     ]
     print("\n".join(about), flush=True)
     rows: list[list[str]] = []
     text = ""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        make_phantom((192, 192, 12), (1.9, 1.9, 22.0), seed=7, **PATIENTS).save(work / "scans", "phantom")
+        chest = make_phantom((192, 192, 12), (1.9, 1.9, 22.0), seed=7, lesions=LESIONS, burden=0.6)
+        chest.save(work / "scans", "phantom")
         scans = {"phantom": work / "scans" / "phantom_ct.nii.gz"}
         if os.environ.get("CT_DATA"):
             scans["ct_lung_dicom"] = Path(os.environ["CT_DATA"]) / "ct_lung_dicom"
         scans |= {scan.name: scan for scan in options.scans}
         for name in options.bundles:
             bundle = ROOT / "bundles" / name
-            seconds, weights = clock(
-                lambda bundle=bundle: options.weights or train(bundle, work, options.epochs)
+            weights = options.weights or bundle / "models" / "model.pt"
+            require_file(weights, "the network's weights")
+            config, network, size = read_bundle(bundle, weights, options.image_size)
+            count = sum(parameter.numel() for parameter in network.parameters())
+            about.append(
+                f"{name}: weights {file_sha256(weights)[:12]}, {count / 1e6:.2f} M parameters, "
+                f"slices of {size[0]} x {size[1]}"
             )
-            print(f"{name}: weights {options.weights or f'trained in {seconds:.0f} s'}", flush=True)
-            config, network = read_bundle(bundle, weights, options.image_size)
+            print(about[-1], flush=True)
             inferers: dict[str, Inferer] = {}
             missing = []
             for backend in backends:

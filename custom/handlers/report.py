@@ -313,7 +313,8 @@ class StudyReport:
             # From the scan's voxel through patient space to the slice of the network's own grid.
             point = affine @ [*voxel, 1.0]
             depth = round(float((np.linalg.inv(np.asarray(image.affine, dtype=float)) @ point)[2]))
-            seen = seen[..., min(max(depth, 0), seen.shape[-1] - 1)]
+            # A copy: a view would keep the whole scan, as the network saw it, until the picture is drawn.
+            seen = seen[..., min(max(depth, 0), seen.shape[-1] - 1)].clone()
         training = self.network.training
         self.network.eval()
         device = next(self.network.parameters()).device

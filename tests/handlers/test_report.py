@@ -318,5 +318,7 @@ def test_attention_maps_are_shown_in_the_slices_true_proportions(tmp_path):
     rows, columns = view.image.shape
     spacing = np.linalg.norm(np.asarray(output["image"].affine)[:3, :2], axis=0)
     assert view.aspect == pytest.approx(columns * spacing[1] / (rows * spacing[0]))
+    whole = output["image"].as_tensor().numpy()
+    assert not np.shares_memory(view.image, whole), "the slice would keep the whole scan in memory"
     run(report, batch, output)
     assert "Attention maps" in (tmp_path / "s1" / "s1_page.html").read_text(encoding="utf-8")

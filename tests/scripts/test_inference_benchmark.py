@@ -56,6 +56,17 @@ def test_without_eager_torch_there_is_nothing_to_compare_with(benchmark):
         benchmark.compare(Pipeline(), {"torch": RuntimeError("broken"), "onnx": 10}, 1)
 
 
+def test_the_network_has_the_width_and_size_of_the_weights(benchmark):
+    bundle = benchmark.ROOT / "bundles" / "covid_ct_attention_unet_segmentation"
+    weights = bundle / "models" / "model.pt"
+    _, network, size = benchmark.read_bundle(bundle, weights, None)
+    assert (network.channels[0], size) == (16, [256, 256])
+    assert benchmark.read_bundle(bundle, weights, 64)[2] == [64, 64]
+    other = bundle.with_name("covid_ct_scoatnet_segmentation")
+    with pytest.raises(ValueError, match="does not hold weights of covid_ct_scoatnet_segmentation"):
+        benchmark.read_bundle(other, weights, None)
+
+
 def test_the_table_is_written_and_given_back(benchmark, tmp_path):
     rows = [["a_bundle", "a_scan", *benchmark.compare(Pipeline(), {"torch": 1000}, 1)[0]]]
     text = benchmark.write_table(tmp_path / "table.md", rows, ["a machine"])
