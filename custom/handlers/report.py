@@ -20,7 +20,7 @@ from custom.data.files import file_sha256, write_json, write_nifti
 from custom.handlers.shares import SharedStudies, gather_on_first, meet
 from custom.handlers.study_masks import as_volume, describe_scan, given_mask, off_grid
 from custom.reporting.acquisition import doubt_lungs, doubt_opacity
-from custom.reporting.dicom_objects import has_highdicom, write_dicom
+from custom.reporting.dicom_objects import Segment, has_highdicom, write_dicom
 from custom.reporting.dicom_source import DicomOutputError, identify_study, read_source
 from custom.reporting.figures import AttentionView, draw_overview, shown_voxel
 from custom.reporting.followup_files import group_by_patient, write_followup, write_text
@@ -276,15 +276,20 @@ class StudyReport:
                 logger.warning(f"no DICOM objects are written: {_NO_HIGHDICOM}")
                 self._warned = True
             return None, _NO_HIGHDICOM
-        dense = hu >= CONSOLIDATION_FROM_HU
-        dense &= opacity > 0
-        masks = {"opacity": opacity, "ground_glass": (opacity > 0) ^ dense, "consolidation": dense}
+        # One label map for three segments: five masks of a long scan would take more memory than the scan.
+        classes = (opacity > 0).view(np.uint8)
+        np.putmask(classes, (hu >= CONSOLIDATION_FROM_HU) & (opacity > 0), 2)
+        segments = {
+            "opacity": Segment(classes, (1, 2)),
+            "ground_glass": Segment(classes, (1,)),
+            "consolidation": Segment(classes, (2,)),
+        }
         if lungs is not None:
-            masks |= {f"{side}_lung": lungs == value for side, value in LUNGS.items()}
+            segments |= {f"{side}_lung": Segment(lungs, (value,)) for side, value in LUNGS.items()}
         try:
             source = read_source(info["files"], self.deidentify)
             dicom = write_dicom(
-                self.output_dir / name, name, source, masks, affine, measured, self._describe_model()
+                self.output_dir / name, name, source, segments, affine, measured, self._describe_model()
             )
         except DicomOutputError as error:
             logger.warning(f"{name}: no DICOM objects are written: {error}")

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -25,7 +25,7 @@ from custom.reporting.dicom_source import DicomOutputError, SourceSeries
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation, SegmentDescription
 
-__all__ = ["SEGMENTS", "has_highdicom", "make_segmentation", "write_dicom"]
+__all__ = ["SEGMENTS", "Segment", "has_highdicom", "make_segmentation", "write_dicom"]
 
 SEGMENTS = tuple(LABELS)
 """Segments of the Segmentation, in their order; one without a voxel is left out."""
@@ -41,6 +41,18 @@ _COLOURS = {  # as in the overview picture, ground-glass and consolidation as sh
 }
 
 
+class Segment(NamedTuple):
+    """The voxels of a label map that have one of some values; segments that share a map share its memory.
+
+    Attributes:
+        labels: (I, J, K) in any axis order.
+        values: those of the segment.
+    """
+
+    labels: np.ndarray
+    values: tuple[int, ...]
+
+
 def has_highdicom() -> bool:
     """Whether the library that DICOM objects are made with is installed."""
     return importlib.util.find_spec("highdicom") is not None
@@ -50,19 +62,19 @@ def write_dicom(
     folder: str | os.PathLike,
     name: str,
     source: SourceSeries,
-    masks: Mapping[str, np.ndarray],
+    segments: Mapping[str, Segment],
     affine: np.ndarray,
     measured: Mapping[str, Any],
     model: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write ``<name>_seg.dcm``, where any mask has a voxel, and ``<name>_sr.dcm``.
+    """Write ``<name>_seg.dcm``, where any segment has a voxel, and ``<name>_sr.dcm``.
 
     Args:
         folder: where to write.
         name: start of the file names.
-        source: the series that the masks belong to.
-        masks: see :func:`make_segmentation`.
-        affine: 4x4 from the masks' indices to mm in RAS+.
+        source: the series that the segments belong to.
+        segments: see :func:`make_segmentation`.
+        affine: 4x4 from the label maps' indices to mm in RAS+.
         measured: see :func:`make_report`.
         model: ``bundle``, ``software_version`` and ``weights_sha256``.
 
@@ -76,7 +88,7 @@ def write_dicom(
     """
     with _silence():
         try:
-            segmentation = make_segmentation(source, masks, affine, model)
+            segmentation = make_segmentation(source, segments, affine, model)
             report = make_report(source, segmentation, measured, model)
             for kind, dataset in (("seg", segmentation), ("sr", report)):
                 if dataset is not None:
@@ -97,25 +109,25 @@ def write_dicom(
 
 
 def make_segmentation(
-    source: SourceSeries, masks: Mapping[str, np.ndarray], affine: np.ndarray, model: Mapping[str, Any]
+    source: SourceSeries, segments: Mapping[str, Segment], affine: np.ndarray, model: Mapping[str, Any]
 ) -> Segmentation | None:
     """Make a BINARY Segmentation that refers to the slices of its source; empty frames are left out.
 
     Args:
-        source: the series that the masks belong to.
-        masks: by names of :data:`SEGMENTS`, (I, J, K) in any axis order, nonzero is the segment.
-        affine: 4x4 from the masks' indices to mm in RAS+.
+        source: the series that the segments belong to.
+        segments: by names of :data:`SEGMENTS`, on one grid.
+        affine: 4x4 from the label maps' indices to mm in RAS+.
         model: ``bundle``, ``software_version`` and ``weights_sha256``.
 
     Returns:
-        The Segmentation, None where all masks are empty.
+        The Segmentation, None where all segments are empty.
 
     Raises:
-        DicomOutputError: When a mask does not lie on the grid of the series.
+        DicomOutputError: When a label map does not lie on the grid of the series.
     """
     from highdicom.seg import Segmentation, SegmentationTypeValues
 
-    names = [name for name in SEGMENTS if name in masks and masks[name].any()]
+    names = [name for name in SEGMENTS if name in segments and _within(*segments[name]).any()]
     if not names:
         return None
     options: dict[str, Any] = {
@@ -132,16 +144,25 @@ def make_segmentation(
         "content_description": "Lungs and opacity",
         "series_description": "Lungs and opacity, research use only",
     }
-    frames = [source.to_frames(masks[name], affine) for name in names]
+    frames = [
+        segments[name]._replace(labels=source.to_frames(segments[name].labels, affine)) for name in names
+    ]
     parts = []
     # highdicom holds all frames of all segments, and a sum over them of eight bytes a voxel.
     for first in reversed(range(0, len(source.headers), _STEP)):  # its frames run against the normal
         slices = slice(first, first + _STEP)
-        pixels = np.stack([mask[slices] != 0 for mask in frames], axis=-1).astype(np.uint8)
+        pixels = np.stack([_within(labels[slices], values) for labels, values in frames], axis=-1)
         if pixels.any():
             headers = source.headers[slices]
-            parts.append(Segmentation(source_images=headers, pixel_array=pixels, **options))
+            parts.append(Segmentation(source_images=headers, pixel_array=pixels.view(np.uint8), **options))
     return claim(parts[0] if len(source.headers) <= _STEP else _join(parts, source), source)
+
+
+def _within(labels: np.ndarray, values: tuple[int, ...]) -> np.ndarray:
+    found = labels == values[0]
+    for value in values[1:]:
+        found |= labels == value
+    return found
 
 
 def _join(parts: Sequence[Segmentation], source: SourceSeries) -> Segmentation:

@@ -58,12 +58,14 @@ def shown_voxel(opacity: np.ndarray, lungs: np.ndarray | None = None) -> tuple[i
     Returns:
         One index an axis; the middle where there is no opacity.
     """
-    candidates = [opacity != 0] if lungs is None else [(opacity != 0) & (lungs != 0), opacity != 0]
-    shown = next((mask for mask in candidates if mask.any()), None)
-    if shown is None:
-        return tuple(size // 2 for size in opacity.shape)
-    axes = range(shown.ndim)
-    return tuple(int(shown.sum(axis=tuple(a for a in axes if a != axis)).argmax()) for axis in axes)
+    for within in (lungs, None):
+        shown = opacity != 0
+        if within is not None:
+            shown &= within != 0
+        if shown.any():
+            axes = range(shown.ndim)
+            return tuple(int(shown.sum(axis=tuple(a for a in axes if a != axis)).argmax()) for axis in axes)
+    return tuple(size // 2 for size in opacity.shape)
 
 
 def _upright(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -44,10 +44,13 @@ class LungLevels:
         orientation = nib.orientations.io_orientation(affine)
         axis = int(np.flatnonzero(orientation[:, 0] == 2)[0])
         voxel_ml = float(abs(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3])) / 1000)
-        where = np.zeros(opacity.shape, np.uint8) if lungs is None else lungs
         # One count of (lung, opacity) pairs a slice: 0 to 2 without opacity, 3 to 5 with it.
-        pairs = np.moveaxis(where.astype(np.uint8) + np.uint8(3) * (opacity != 0), axis, 0)
-        counts = np.array([np.bincount(plane.ravel(), minlength=6) for plane in pairs])
+        counts = np.zeros((opacity.shape[axis], 6), np.int64)
+        for k, found in enumerate(np.moveaxis(opacity, axis, 0)):
+            pairs = np.uint8(3) * (found != 0)
+            if lungs is not None:
+                pairs += lungs.take(k, axis).astype(np.uint8)
+            counts[k] = np.bincount(pairs.ravel(), minlength=6)
         if orientation[axis, 1] < 0:
             counts = counts[::-1]
         ml = np.round(counts * voxel_ml, _DIGITS)

@@ -223,7 +223,8 @@ def take_pictures(
     spacing = nib.affines.voxel_sizes(affine)[np.argsort(turn[:, 0])]
     upright = nib.orientations.apply_orientation
     scan, found = upright(hu, turn), upright(opacity != 0, turn)
-    sides = np.zeros(found.shape, np.uint8) if lungs is None else upright(lungs.astype(np.uint8), turn)
+    halves = np.zeros(opacity.shape, np.uint8) if lungs is None else lungs.astype(np.uint8, copy=False)
+    sides = upright(halves, turn)
     both = all((sides == value).any() for value in LUNGS.values())
     box = _box(found | (sides > 0), spacing) if both else [(0, size) for size in found.shape]
     low, high = box[2]

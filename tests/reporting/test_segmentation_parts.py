@@ -48,11 +48,12 @@ def test_parts_make_the_same_segmentation(tmp_path, monkeypatch, columns, rows, 
     for number, mask in enumerate(masks.values()):
         mask[..., 4:9] = False  # a part with nothing at all
         mask[..., number + 6] = False
+    segments = {name: dicom_objects.Segment(mask, (1,)) for name, mask in masks.items()}
     made = []
     for step in (13, 4):
         monkeypatch.setattr(dicom_objects, "_STEP", step)
         with dicom_objects._silence():
-            made.append(dicom_objects.make_segmentation(source, masks, source.affine, MODEL))
+            made.append(dicom_objects.make_segmentation(source, segments, source.affine, MODEL))
     at_once, of_parts = made
     assert differences(at_once, of_parts) == []
     frames = [
