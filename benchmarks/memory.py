@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,20 @@ def run_bundle(configs: list[str], overrides: dict[str, Any], log: Path) -> tupl
         _, status, usage = os.wait4(process.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
         raise RuntimeError(f"exit code {code}:\n{log.read_text(encoding='utf-8')[-3000:]}")
-    return usage.ru_maxrss / 1e6, time.monotonic() - started
+    return usage.ru_maxrss * 1024 / 1e9, time.monotonic() - started
+
+
+def apart(function: Callable[..., None], *args: Any) -> None:
+    """Call a function in a process of its own.
+
+    Linux counts the memory that a program's parent had at its peak as the program's, so this process must
+    stay small.
+    """
+    process = get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__} ended with exit code {process.exitcode}")
 
 
 def save_weights(folder: Path, channels: list[int]) -> Path:
@@ -100,7 +115,7 @@ def measure_long(folder: Path, args: argparse.Namespace) -> None:
         for slices in args.slices:
             scans = folder / f"{kind}_{slices}"
             scans.mkdir()
-            write_long_scan(scans, slices, kind)
+            apart(write_long_scan, scans, slices, kind)
             overrides = {
                 "dataset_dir": str(scans),
                 "output_dir": str(folder / "output"),
@@ -120,7 +135,7 @@ def measure_many(folder: Path, args: argparse.Namespace) -> None:
     for cases in args.cases:
         data = folder / f"cohort_{cases}"
         data.mkdir()
-        write_cohort(data, cases)
+        apart(write_cohort, data, cases)
         scans = folder / f"scans_{cases}"
         scans.mkdir()
         for file in sorted(data.glob("*_ct.nii.gz")):
