@@ -129,7 +129,8 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
         FileNotFoundError: When there is no such folder.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+        hint = "; this is a file, give the folder that holds it" if Path(folder).is_file() else ""
+        raise FileNotFoundError(f"no such folder: {folder}{hint}")
     for path, folders, files in os.walk(os.fspath(folder)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):

@@ -93,6 +93,8 @@ class TestListing:
             list_scans(tmp_path)
         with pytest.raises(FileNotFoundError, match="no such folder"):
             list_scans(tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match="this is a file, give the folder that holds it"):
+            list_scans(tmp_path / "readme.txt")
 
 
 class TestReadingDicom:
