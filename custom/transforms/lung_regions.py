@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from custom.transforms.lung_morphology import bounding_box, dilate_box
 
@@ -19,6 +21,8 @@ __all__ = ["REMOVED", "KeepLungRegionsD", "KeepLungRegionsDict", "KeepLungRegion
 
 REMOVED = "removed_regions"
 """Where the mask's ``meta`` tells of what was removed: ``regions``, ``voxels`` and ``reach_mm``."""
+
+_STEP = 64  # planes
 
 
 class KeepLungRegionsd(MapTransform):
@@ -78,29 +82,69 @@ class KeepLungRegionsd(MapTransform):
         return d
 
     def _keep(self, mask: torch.Tensor, lungs: np.ndarray, reach_mm: float) -> torch.Tensor:
-        found = np.asarray(mask.cpu())[0] > 0
-        if not found.any():
+        whole = np.asarray(mask.cpu())[0]
+        if not whole.any():
             return mask
         affine = np.asarray(torch.as_tensor(getattr(mask, "affine", np.eye(4))).cpu(), dtype=float)
-        spacing = np.sqrt((affine[: found.ndim, : found.ndim] ** 2).sum(axis=0))
+        spacing = np.sqrt((affine[: whole.ndim, : whole.ndim] ** 2).sum(axis=0))
         # The box of the mask, so much larger that the lungs around it count.
-        box = bounding_box(found, int(np.ceil(reach_mm / spacing.min())) + 1)
-        labels, count = ndimage.label(found[box], structure=np.ones((3,) * found.ndim))
-        kept = np.zeros(count + 1, dtype=bool)
-        kept[labels[dilate_box(lungs[box] > 0, reach_mm, spacing)]] = True
-        kept[0] = True
-        if kept.all():
+        box = bounding_box(whole, int(np.ceil(reach_mm / spacing.min())) + 1)
+        kept, regions = _near_regions(whole[box], lungs[box], reach_mm, spacing)
+        if not regions:
             return mask
-        far = ~kept[labels]
         out = mask.clone()
-        out[0][box][torch.from_numpy(far).to(out.device)] = 0
+        removed = 0
+        for part, labels, first in _label_parts(whole[box]):
+            far = ~kept[np.where(labels, labels + first, 0)]
+            if part.start:
+                far[..., 0] = False  # a plane of the part before, too
+            removed += int(np.count_nonzero(far))
+            out[0][box][..., part][torch.from_numpy(far).to(out.device)] = 0
         if isinstance(out, MetaTensor):
-            out.meta[REMOVED] = {
-                "regions": int(np.count_nonzero(~kept)),
-                "voxels": int(np.count_nonzero(far)),
-                "reach_mm": reach_mm,
-            }
+            out.meta[REMOVED] = {"regions": regions, "voxels": removed, "reach_mm": reach_mm}
         return out
+
+
+def _label_parts(mask: np.ndarray) -> Iterator[tuple[slice, np.ndarray, int]]:
+    """Number the regions of a few planes at a time; the labels of a long scan take more memory than the scan.
+
+    Yields:
+        The planes, of which the first is the last one of the part before, the labels in them, and the number
+        to add to these, so that no two parts share one.
+    """
+    structure = np.ones((3,) * mask.ndim)
+    first = 0
+    for start in range(0, max(mask.shape[-1] - 1, 1), _STEP):
+        part = slice(start, min(start + _STEP + 1, mask.shape[-1]))
+        labels, count = ndimage.label(mask[..., part], structure)
+        yield part, labels, first
+        first += count
+
+
+def _near_regions(
+    mask: np.ndarray, lungs: np.ndarray, reach_mm: float, spacing: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Which labels belong to a region that comes near the lungs, and the number of regions that do not."""
+    reach = max(1, round(reach_mm / spacing[-1]))
+    near: list[np.ndarray] = [np.zeros(1, np.intp)]
+    links: list[np.ndarray] = []
+    total, last = 0, None
+    for part, labels, first in _label_parts(mask):
+        start = max(part.start - reach, 0)
+        around = dilate_box(lungs[..., start : part.stop + reach] > 0, reach_mm, spacing)
+        around = around[..., part.start - start :][..., : labels.shape[-1]]
+        near.append(np.flatnonzero(np.bincount(labels[around & (labels > 0)])) + first)
+        if last is not None:  # one plane with two sets of labels
+            both = last > 0
+            links.append(np.stack([last[both], labels[..., 0][both] + first]))
+        total = first + int(labels.max())
+        last = np.where(labels[..., -1], labels[..., -1] + first, 0)
+    pairs = np.concatenate([np.zeros((2, 0), np.intp), *links], axis=1)
+    graph = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(total + 1, total + 1))
+    count, region = connected_components(graph, directed=False)
+    kept = np.zeros(count, dtype=bool)
+    kept[region[np.concatenate(near)]] = True  # among them 0, no region
+    return kept[region], int(count - np.count_nonzero(kept))
 
 
 KeepLungRegionsD = KeepLungRegionsDict = KeepLungRegionsd

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from scipy import ndimage
 
-from custom.transforms import KeepLungRegionsd
+from custom.transforms import KeepLungRegionsd, lung_regions
 from custom.transforms.lung_regions import REMOVED
 
 SPACING = (2.0, 2.0, 5.0)
@@ -73,3 +74,24 @@ def test_mistakes_are_named():
     data = scan()
     with pytest.raises(ValueError, match=r"pred is not on the grid of lung: \(1, 30, 20, 8\)"):
         KeepLungRegionsd("pred")({**data, "pred": data["pred"][..., ::2]})
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 5, 9, 13])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_few_planes_at_a_time_give_what_the_whole_gives(monkeypatch, depth, seed):
+    rng = np.random.default_rng(seed)
+    mask = (rng.random((12, 11, depth)) < 0.07).astype(np.uint8)
+    mask[5, 5] = 1  # goes through all parts
+    lungs = np.zeros_like(mask)
+    lungs[0, 0, 0], lungs[11, 10, -1] = 1, 2
+    monkeypatch.setattr(lung_regions, "_STEP", 4)
+    kept = KeepLungRegionsd("pred", reach_mm=2.0)(
+        {"pred": MetaTensor(mask[None], affine=np.eye(4)), "lung": torch.from_numpy(lungs[None])}
+    )["pred"]
+    labels, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    box = np.ones((5, 5, 5)) if depth > 1 else np.ones((5, 5, 1))
+    near = set(np.unique(labels[ndimage.binary_dilation(lungs > 0, box)])) - {0}
+    assert np.array_equal(kept.numpy()[0] > 0, np.isin(labels, list(near)))
+    told = kept.meta[REMOVED]
+    assert told["regions"] == count - len(near)
+    assert told["voxels"] == int(mask.sum() - kept.sum())
