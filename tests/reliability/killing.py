@@ -16,6 +16,8 @@ from pathlib import Path
 
 from wholeness import differences, leftovers, torn_files
 
+from custom.data.files import file_sha256
+
 __all__ = ["Account", "Command", "kill_at_random", "run_command"]
 
 
@@ -123,7 +125,8 @@ def kill_at_random(
     if code:
         account.lost.append(f"it does not even run undisturbed: exit code {code}; {_tail(log)}")
         return account
-    done = writing = torn = finished = left = 0
+    done = writing = finished = left = 0
+    damaged: set[str] = set()  # a run that is killed early leaves the damaged file as it was
     while done < kills:
         run = folder / f"run_{finished}"
         while True:
@@ -134,12 +137,13 @@ def kill_at_random(
             if not died:
                 break
             done, writing = done + 1, writing + at_a_write
-            account.lost += torn_files(run)
-            damaged = _tear_a_checkpoint(run, chance) if checkpoints and chance.random() < 0.25 else 0
-            torn += damaged
+            account.lost += torn_files(run, damaged)
+            torn = _tear_a_checkpoint(run, chance) if checkpoints and chance.random() < 0.25 else None
+            if torn is not None:
+                damaged.add(file_sha256(torn))
             progress(
                 f"{name}: kill {done} of {kills}{' in a write' if at_a_write else ''}"
-                f"{', then a checkpoint damaged' if damaged else ''}"
+                f"{', then a checkpoint damaged' if torn else ''}"
             )
             if done == kills:
                 code, _ = run_command(make(run), log)
@@ -153,7 +157,7 @@ def kill_at_random(
         left += len(leftovers(run))
         progress(f"{name}: run to its end, {'equal' if not account.lost else 'NOT EQUAL'}")
     account.tried = f"{done} kills ({writing} in a write"
-    account.tried += f", {torn} checkpoints damaged)" if checkpoints else ")"
+    account.tried += f", {len(damaged)} checkpoints damaged)" if checkpoints else ")"
     account.tried += f", {finished} finished; {left} hidden leftovers"
     account.seconds = time.monotonic() - started
     return account
@@ -179,19 +183,19 @@ def _wait(pid: int, seconds: float, watched: Path | None) -> tuple[bool, int]:
     return True, 0
 
 
-def _tear_a_checkpoint(run: Path, chance: random.Random) -> int:
-    """Damage one latest checkpoint that has another before it."""
+def _tear_a_checkpoint(run: Path, chance: random.Random) -> Path | None:
+    """Damage one latest checkpoint that has another before it; returns it."""
     found = [
         file
         for file in sorted(run.rglob("checkpoint_latest.pt"))
         if file.with_name("checkpoint_previous.pt").is_file()
     ]
     if not found:
-        return 0
+        return None
     content = bytearray(found[-1].read_bytes())
     if chance.random() < 0.5:
         del content[chance.randrange(len(content)) :]
     else:
         content[chance.randrange(len(content) // 4, len(content) // 2)] ^= 1 << chance.randrange(8)
     found[-1].write_bytes(content)
-    return 1
+    return found[-1]

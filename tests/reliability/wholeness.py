@@ -7,13 +7,15 @@ import gzip
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from custom.data.files import file_sha256
 
 __all__ = ["differences", "leftovers", "torn_files"]
 
@@ -27,9 +29,10 @@ def visible_files(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def torn_files(folder: Path) -> list[str]:
-    """Files below a folder that can be seen and not be read."""
-    return [f"{file.relative_to(folder)} is torn" for file in visible_files(folder) if not _is_whole(file)]
+def torn_files(folder: Path, damaged: Collection[str] = ()) -> list[str]:
+    """Files below a folder that can be seen and not be read, but for those of these SHA-256."""
+    torn = [file for file in visible_files(folder) if not _is_whole(file)]
+    return [f"{file.relative_to(folder)} is torn" for file in torn if file_sha256(file) not in damaged]
 
 
 def leftovers(folder: Path) -> list[Path]:
