@@ -78,10 +78,11 @@ def read_header(file: str) -> Dataset | str:
         raise FileNotFoundError(f"no such file: {file}") from None
     except Exception:  # pydicom raises whatever a broken header leads it into
         return "broken"
-    if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+    # Values are decoded here, and one of an unknown kind cannot be.
+    if _value(header.file_meta, "MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         return "directory"
-    complete = all(header.get(f"{level}InstanceUID") for level in ("Study", "Series", "SOP"))
-    return header if complete and header.get("SOPClassUID") else "broken"
+    needed = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
+    return header if all(_value(header, keyword) for keyword in needed) else "broken"
 
 
 def object_kind(header: Dataset) -> str:

@@ -68,3 +68,13 @@ def test_damaged_dicom(tmp_path_factory, slices, data):
     assert scan.voxels.shape[:2] == VOXELS.shape[:2]
     # A slice may only be missing where nothing of the series is left to tell, at its ends.
     assert scan.voxels.shape[2] == len(slices) or victim in (0, len(slices) - 1)
+
+
+def test_values_of_an_unknown_kind(tmp_path, slices):
+    """Found by the fuzzing above: pydicom raises NotImplementedError where such a value is looked at."""
+    for number, content in enumerate(slices):
+        (tmp_path / f"{number}.dcm").write_bytes(content)
+    for tag in (b"\x02\x00\x02\x00UI", b"\x08\x00\x16\x00UI"):  # SOP class, in the file's head and beyond
+        assert tag in slices[2]
+        (tmp_path / "2.dcm").write_bytes(slices[2].replace(tag, tag[:4] + b"TI"))
+        read_or_refuse(list_scans(tmp_path)[0]["image"])
