@@ -18,15 +18,16 @@ from custom.console import CohortError, read_switch
 from custom.data.cohort import CohortLoader
 from custom.data.files import file_sha256, write_json, write_nifti
 from custom.handlers.shares import SharedStudies, gather_on_first, meet
+from custom.handlers.study_attention import view_attention
 from custom.handlers.study_masks import as_volume, describe_scan, given_mask, off_grid
 from custom.reporting.acquisition import doubt_lungs, doubt_opacity
-from custom.reporting.dicom_objects import Segment, has_highdicom, write_dicom
+from custom.reporting.dicom_objects import has_highdicom, make_segments, write_dicom
 from custom.reporting.dicom_source import DicomOutputError, identify_study, read_source
 from custom.reporting.figures import AttentionView, draw_overview, shown_voxel
 from custom.reporting.followup_files import group_by_patient, write_followup, write_text
 from custom.reporting.page import build_page
 from custom.reporting.pictures import StudyPictures, take_pictures
-from custom.reporting.quantify import CONSOLIDATION_FROM_HU, LUNGS, measure_opacity
+from custom.reporting.quantify import measure_opacity
 from custom.reporting.report import build_failure, build_report, headline
 from custom.reporting.table import flatten_report, write_table
 from custom.transforms.lung_regions import REMOVED
@@ -183,8 +184,9 @@ class StudyReport:
         }
         for kind, file in files.items():
             write_nifti(folder / str(file), masks[kind], affine)
-        attention = self._attention(
-            output["image"], shown_voxel(as_volume(opacity), as_volume(lungs)), affine
+        shown = shown_voxel(as_volume(opacity), as_volume(lungs))
+        attention = (
+            None if self.network is None else view_attention(self.network, output["image"], shown, affine)
         )
         for item in (study, output):
             item.pop("image", None)  # what the network saw is as large as the scan, and is done with
@@ -276,18 +278,9 @@ class StudyReport:
                 logger.warning(f"no DICOM objects are written: {_NO_HIGHDICOM}")
                 self._warned = True
             return None, _NO_HIGHDICOM
-        # One label map for three segments: five masks of a long scan would take more memory than the scan.
-        classes = (opacity > 0).view(np.uint8)
-        np.putmask(classes, (hu >= CONSOLIDATION_FROM_HU) & (opacity > 0), 2)
-        segments = {
-            "opacity": Segment(classes, (1, 2)),
-            "ground_glass": Segment(classes, (1,)),
-            "consolidation": Segment(classes, (2,)),
-        }
-        if lungs is not None:
-            segments |= {f"{side}_lung": Segment(lungs, (value,)) for side, value in LUNGS.items()}
         try:
             source = read_source(info["files"], self.deidentify)
+            segments = make_segments(opacity, lungs, hu)
             dicom = write_dicom(
                 self.output_dir / name, name, source, segments, affine, measured, self._describe_model()
             )
@@ -307,31 +300,6 @@ class StudyReport:
                 "weights_sha256": digest,
             }
         return self._model
-
-    def _attention(self, image: Any, voxel: tuple[int, ...], affine: np.ndarray) -> AttentionView | None:
-        """The network's maps on the slice that the overview shows: one slice's forward pass."""
-        maps_of = getattr(self.network, "attention_maps", None)
-        if maps_of is None or self.network is None:
-            return None
-        seen = image.as_tensor() if hasattr(image, "as_tensor") else image
-        if seen.ndim == 4:
-            # From the scan's voxel through patient space to the slice of the network's own grid.
-            point = affine @ [*voxel, 1.0]
-            depth = round(float((np.linalg.inv(np.asarray(image.affine, dtype=float)) @ point)[2]))
-            # A copy: a view would keep the whole scan, as the network saw it, until the picture is drawn.
-            seen = seen[..., min(max(depth, 0), seen.shape[-1] - 1)].clone()
-        training = self.network.training
-        self.network.eval()
-        device = next(self.network.parameters()).device
-        with torch.no_grad():
-            maps = maps_of(seen[None].to(device), getattr(self.network, "shown_attention_maps", None))
-        self.network.train(training)
-        spacing = np.linalg.norm(np.asarray(getattr(image, "affine", np.eye(4)), dtype=float)[:3, :2], axis=0)
-        return AttentionView(
-            seen[0].cpu().numpy(),
-            {key: value[0, 0].float().cpu().numpy() for key, value in maps.items()},
-            aspect=float(spacing[1] * seen.shape[2] / (spacing[0] * seen.shape[1])),
-        )
 
 
 def _describe_removed(mask: Any, voxel_ml: float | None) -> str:

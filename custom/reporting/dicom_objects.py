@@ -21,11 +21,12 @@ from custom.data.files import atomic_path
 from custom.reporting.dicom_common import LABELS, algorithm, claim, equipment, finding_code, series_number
 from custom.reporting.dicom_report import make_report
 from custom.reporting.dicom_source import DicomOutputError, SourceSeries
+from custom.reporting.quantify import CONSOLIDATION_FROM_HU, LUNGS
 
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation, SegmentDescription
 
-__all__ = ["SEGMENTS", "Segment", "has_highdicom", "make_segmentation", "write_dicom"]
+__all__ = ["SEGMENTS", "Segment", "has_highdicom", "make_segmentation", "make_segments", "write_dicom"]
 
 SEGMENTS = tuple(LABELS)
 """Segments of the Segmentation, in their order; one without a voxel is left out."""
@@ -51,6 +52,27 @@ class Segment(NamedTuple):
 
     labels: np.ndarray
     values: tuple[int, ...]
+
+
+def make_segments(opacity: np.ndarray, lungs: np.ndarray | None, hu: np.ndarray) -> dict[str, Segment]:
+    """Make the segments of a study: opacity, its parts by density, and the lungs where they are known.
+
+    Args:
+        opacity: mask (I, J, K), above 0 is opacity.
+        lungs: mask of the same shape with the values of :data:`custom.reporting.quantify.LUNGS`, or None.
+        hu: the scan in HU, of the same shape.
+    """
+    # One label map for three segments: five masks of a long scan would take more memory than the scan.
+    classes = (opacity > 0).view(np.uint8)
+    np.putmask(classes, (hu >= CONSOLIDATION_FROM_HU) & (opacity > 0), 2)
+    segments = {
+        "opacity": Segment(classes, (1, 2)),
+        "ground_glass": Segment(classes, (1,)),
+        "consolidation": Segment(classes, (2,)),
+    }
+    if lungs is not None:
+        segments |= {f"{side}_lung": Segment(lungs, (value,)) for side, value in LUNGS.items()}
+    return segments
 
 
 def has_highdicom() -> bool:

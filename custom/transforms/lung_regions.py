@@ -34,7 +34,7 @@ class KeepLungRegionsd(MapTransform):
     fill the other. What was removed stands in the mask's ``meta`` under :data:`REMOVED`.
 
     Args:
-        keys: masks (1, H, W, D) on the scan's grid, anything above 0.
+        keys: masks (1, H, W, D) on the scan's grid, nonzero is the region.
         mask_key: the lung mask of the same shape, 1 left, 2 right; without one all is kept.
         reach_mm: distance to the lungs, along each axis, from which on a region is removed; None keeps all.
         allow_missing_keys: whether a missing mask is passed over.

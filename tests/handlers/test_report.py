@@ -19,6 +19,7 @@ from report_checks import check_dicom, read_measurements, read_segment, unexplai
 from custom.console import CohortError
 from custom.data import write_dicom_series
 from custom.handlers import StudyReport
+from custom.handlers.study_attention import view_attention
 from custom.networks import SCOATNet
 from custom.transforms import KeepLungRegionsd, LoadCTd
 
@@ -314,7 +315,7 @@ def test_attention_maps_are_shown_in_the_slices_true_proportions(tmp_path):
     # 16 x 32 voxels of 3 x 2 mm in the network's order: rows of 48 mm, columns of 64 mm.
     report = StudyReport(tmp_path, Network(1, 1))
     batch, output = study()
-    view = report._attention(output["image"], (2, 5, 4), AFFINE.numpy())
+    view = view_attention(report.network, output["image"], (2, 5, 4), AFFINE.numpy())
     rows, columns = view.image.shape
     spacing = np.linalg.norm(np.asarray(output["image"].affine)[:3, :2], axis=0)
     assert view.aspect == pytest.approx(columns * spacing[1] / (rows * spacing[0]))

@@ -16,7 +16,7 @@ from report_checks import centre, check_dicom, millilitres, read_measurements, r
 
 from custom.data import read_scan, write_dicom_series
 from custom.reporting import measure_opacity
-from custom.reporting.dicom_objects import SEGMENTS, Segment, write_dicom
+from custom.reporting.dicom_objects import SEGMENTS, make_segments, write_dicom
 from custom.reporting.dicom_source import DicomOutputError, patient_key, read_source
 
 MODEL = {"bundle": "a_bundle", "software_version": "1.2.3", "weights_sha256": "ab" * 32}
@@ -56,17 +56,6 @@ def masks_of(hu: np.ndarray, lungs: np.ndarray, opacity: np.ndarray) -> dict[str
     }
 
 
-def segments_of(hu: np.ndarray, lungs: np.ndarray, opacity: np.ndarray) -> dict[str, Segment]:
-    classes = np.where(opacity > 0, np.where(hu < -200, 1, 2), 0).astype(np.uint8)
-    return {
-        "left_lung": Segment(lungs, (1,)),
-        "right_lung": Segment(lungs, (2,)),
-        "opacity": Segment(classes, (1, 2)),
-        "ground_glass": Segment(classes, (1,)),
-        "consolidation": Segment(classes, (2,)),
-    }
-
-
 @pytest.fixture
 def files(tmp_path) -> list[Path]:
     return write_dicom_series(
@@ -86,7 +75,7 @@ def write(files: list[Path], folder: Path, **options) -> dict:
     hu, lungs, opacity = options.pop("scene", None) or scene()
     measured = measure_opacity(opacity, AFFINE, lungs, hu)
     source = read_source(list(map(str, files)), **options)
-    return write_dicom(folder, "x", source, segments_of(hu, lungs, opacity), AFFINE, measured, MODEL)
+    return write_dicom(folder, "x", source, make_segments(opacity, lungs, hu), AFFINE, measured, MODEL)
 
 
 def test_segments_come_back_where_they_were_with_their_codes(files, tmp_path):
@@ -240,7 +229,7 @@ def test_one_slice(tmp_path):
     files = write_dicom_series(tmp_path / "scan", hu, affine)
     source = read_source(list(map(str, files)))
     measured = measure_opacity(opacity, affine, lungs, hu)
-    write_dicom(tmp_path, "x", source, segments_of(hu, lungs, opacity), affine, measured, MODEL)
+    write_dicom(tmp_path, "x", source, make_segments(opacity, lungs, hu), affine, measured, MODEL)
     frame = hd.seg.segread(tmp_path / "x_seg.dcm").PerFrameFunctionalGroupsSequence[0]
     assert [float(v) for v in frame.PlanePositionSequence[0].ImagePositionPatient] == [-20.0, -30.0, -42.0]
     for kind in ("seg", "sr"):
@@ -382,7 +371,7 @@ def test_real_scans(ct_data, tmp_path, folder):
     source = read_source(scan.study["files"])
     assert np.allclose(source.affine, scan.affine)
     masks = masks_of(scan.voxels, lungs, opacity)
-    segments = segments_of(scan.voxels, lungs, opacity)
+    segments = make_segments(opacity, lungs, scan.voxels)
     written = write_dicom(tmp_path, "x", source, segments, scan.affine, measured, MODEL)
     assert written["segments"][:2] == ["right_lung", "opacity"]
     for name in ("right_lung", "opacity"):
