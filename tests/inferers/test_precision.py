@@ -34,6 +34,13 @@ def test_network_works_in_bfloat16_and_the_loss_in_float32():
     assert network.layer.weight.grad.dtype is torch.float32
 
 
+def test_networks_with_instance_normalisation_keep_the_usual_layout():
+    network, seen = nn.Sequential(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4)), []
+    network[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    Bfloat16Inferer()(torch.randn(2, 2, 8, 8), network)
+    assert seen == [True] and network[0].weight.is_contiguous()
+
+
 def test_outputs_of_deep_supervision_keep_their_form():
     network, x = Heads(), torch.randn(1, 1, 8, 8)
     heads = Bfloat16Inferer()(x, network, shape="list")
