@@ -85,6 +85,8 @@ def train_evaluate_infer(bundle: Bundle, cohort: Path, work: Path) -> dict:
     assert training.check_properties() == []
     training.run()
     training.finalize()
+    for checkpoint in (work / "models").glob("checkpoint_*.pt"):
+        checkpoint.unlink()  # nothing below needs them, and those of a ResNet-50 are large
     state = torch.load(work / "models" / "model.pt", weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in state.values())
 
