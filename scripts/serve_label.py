@@ -5,8 +5,8 @@
     python scripts/serve_label.py --studies http://127.0.0.1:8042/dicom-web --bundles DIR --weights model.pt
 
 The first start builds an environment for MONAI Label, in a few minutes; then a start takes seconds. The
-bundles are copied, so training in the server never touches their weights. The server needs no network. Ctrl-C
-stops it.
+bundles are copied, so training in the server never touches their weights. A bundle whose configs run what is
+not known to be harmless is refused (see verify_bundle.py). The server needs no network. Ctrl-C stops it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from custom.bundle.standards import Standards
+from custom.bundle.verification import code_findings
 from custom.console import command
 from custom.deployment.label_bundle import deploy_bundle, parse_setting
 from custom.deployment.label_environment import MONAI_LABEL_VERSION, build_environment, read_versions
@@ -48,6 +50,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="weights files, one a bundle in the same order (default: models/model.pt of each)",
     )
     parser.add_argument(
+        "--allow",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="files with expressions and targets that bundles of yours run besides, as for verify_bundle.py",
+    )
+    parser.add_argument(
         "--app-dir",
         type=Path,
         default=Path.home() / "covid-ct-label",
@@ -69,6 +78,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def refuse_unknown_code(source: Path, standards: Standards) -> None:
+    """Make sure that a bundle's configs run nothing that is not known; nothing of them runs here.
+
+    Raises:
+        ValueError: In one line, when they do, or the bundle is no folder.
+    """
+    if source.is_file():
+        raise ValueError(
+            f"{source} is no folder; check a zip by scripts/verify_bundle.py, unpack it, and name its folder"
+        )
+    found = code_findings(source, standards)
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise ValueError(
+            f"{source} is not served: {found[0]}{more}; read what scripts/verify_bundle.py says of it, and "
+            "name by --allow a file with what you agree to"
+        )
+
+
 def deploy_all(args: argparse.Namespace) -> list[str]:
     """Deploy the bundles and say what was taken; returns their names."""
     weights: list[Path | None] = args.weights or [None] * len(args.bundles)
@@ -77,6 +105,9 @@ def deploy_all(args: argparse.Namespace) -> list[str]:
     names = [source.resolve().name for source in args.bundles]
     if len(set(names)) < len(names):
         raise ValueError(f"two bundles have the same name: {', '.join(sorted(names))}")
+    standards = Standards.of_repository(ROOT, args.allow)
+    for source in args.bundles:
+        refuse_unknown_code(source, standards)
     settings = dict(parse_setting(text) for text in args.set)
     known: set[str] = set()
     for source, file in zip(args.bundles, weights, strict=True):

@@ -32,7 +32,7 @@ from custom.bundle.standards import Standards, package_name
 from custom.bundle.vendored import code_sha256, code_version
 from custom.data.files import file_sha256
 
-__all__ = ["Verification", "verify_bundle"]
+__all__ = ["Verification", "code_findings", "verify_bundle"]
 
 _BASES = ("train", "evaluate", "inference", "metadata")
 _FURTHER_METADATA = {"name", "optional_packages_version"}  # in use at MONAI's zoo, not in its schema
@@ -85,6 +85,27 @@ def verify_bundle(path: str | os.PathLike, standards: Standards) -> Verification
         return _Check(folder, standards, zipped=True).run()
 
 
+def code_findings(folder: str | os.PathLike, standards: Standards) -> list[str]:
+    """What speaks against running a bundle's configs; nothing of them runs.
+
+    For a server, which takes the configs alone and has the code itself: all else is left aside.
+
+    Args:
+        folder: of the bundle, in work or unpacked.
+        standards: what it is held against.
+
+    Returns:
+        One line for each finding; none if all that the configs run is known.
+    """
+    check = _Check(Path(folder).resolve(), standards, zipped=False)
+    check.leave_out_what_is_no_file("configs")
+    check.check_configs()
+    if not check.result.findings:
+        for name, content in check.contents.items():
+            check.result.findings += [f"{name}: {finding}" for finding in check_targets(content)]
+    return check.result.findings
+
+
 class _Check:
     """One check of one folder."""
 
@@ -133,12 +154,10 @@ class _Check:
         for name in (*REQUIRED, *(REQUIRED_PACKED if self.packed else ())):
             if name not in self.files:
                 self.say(name, "is missing")
+        self.leave_out_what_is_no_file()
         compiled = 0
-        for name, path in list(self.files.items()):
-            if path.is_symlink() or not path.is_file():
-                self.say(shown(name)[1:-1], "is not a plain file; it is not read")
-                del self.files[name]
-            elif is_part(name, self.packed):
+        for name in self.files:
+            if is_part(name, self.packed):
                 continue
             elif "__pycache__" in name and self.packed and not self.zipped:
                 compiled += 1
@@ -148,6 +167,12 @@ class _Check:
             self.say(
                 "custom/", f"has {compiled} compiled files, which cannot be checked; remove every __pycache__"
             )
+
+    def leave_out_what_is_no_file(self, start: str = "") -> None:
+        for name, path in list(self.files.items()):
+            if name.startswith(start) and (path.is_symlink() or not path.is_file()):
+                self.say(shown(name)[1:-1], "is not a plain file; it is not read")
+                del self.files[name]
 
     def check_carried_code(self) -> None:
         carried, own = self.folder / "custom", Path(custom.__file__).parent

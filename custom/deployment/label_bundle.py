@@ -74,7 +74,7 @@ def deploy_bundle(
 
     Args:
         source: folder of the bundle, from the repository or from an unpacked zip. Its configs are code that
-            runs, so it must be one you trust.
+            runs: hold them against what is known first, by :func:`custom.bundle.verification.code_findings`.
         models: the server's folder of models; the copy goes to ``models/<name of source>``.
         weights: the weights file, defaults to the bundle's ``models/model.pt``.
         settings: keys of the configs to change in the copy; one that a bundle does not have is left aside.

@@ -10,6 +10,7 @@ import json
 import shutil
 import socket
 import threading
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -183,6 +184,103 @@ def test_a_folder_that_is_no_bundle_and_components_of_another_version(
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(custom.__file__).parent, packed / "custom", ignore=ignored)
     deploy_bundle(packed, tmp_path / "models", settings=SETTINGS)
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def hostile_expression(bundle: Path, trace: Path) -> str:
+    change(bundle, "inference", network_def=f"$__import__('pathlib').Path({str(trace)!r}).touch()")
+    return "configs/inference.json: network_def: expression that is not known"
+
+
+def hostile_target(bundle: Path, trace: Path) -> str:
+    change(bundle, "train", network_def={"_target_": "os.system", "command": f"touch {trace}"})
+    return 'configs/train.json: network_def::_target_: target that is not known: "os.system"'
+
+
+def hostile_metadata(bundle: Path, trace: Path) -> str:
+    change(bundle, "metadata", description=f"$open({str(trace)!r}, 'w')")
+    return "configs/metadata.json: description: expression that is not known"
+
+
+def hostile_logging(bundle: Path, trace: Path) -> str:
+    content = f"[handlers]\nkeys=a\n[handler_a]\nclass=FileHandler\nargs=({str(trace)!r}, 'w')\n"
+    (bundle / "configs" / "logging.conf").write_text(content)
+    return 'configs/logging.conf: [handler_a] has class "FileHandler"'
+
+
+def a_link_in_place_of_a_config(bundle: Path, trace: Path) -> str:
+    config = bundle / "configs" / "inference.json"
+    config.rename(trace.with_name("elsewhere.json"))
+    config.symlink_to(trace.with_name("elsewhere.json"))
+    return "configs/inference.json: is not a plain file"
+
+
+def a_link_in_place_of_the_configs(bundle: Path, trace: Path) -> str:
+    shutil.move(bundle / "configs", trace.with_name("elsewhere"))
+    (bundle / "configs").symlink_to(trace.with_name("elsewhere"))
+    return "configs: is not a plain file"
+
+
+def change(bundle: Path, config: str, **keys) -> None:
+    file = bundle / "configs" / f"{config}.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+HOSTILE = [
+    hostile_expression,
+    hostile_target,
+    hostile_metadata,
+    hostile_logging,
+    a_link_in_place_of_a_config,
+    a_link_in_place_of_the_configs,
+]
+
+
+@pytest.mark.parametrize("make", HOSTILE)
+def test_a_bundle_that_runs_something_else_is_refused_and_nothing_runs(
+    make, serve_label, bundle, scans, tmp_path, capsys
+):
+    copy, trace = tmp_path / NAME, tmp_path / "pwned"
+    shutil.copytree(bundle, copy)
+    message = make(copy, trace)
+    line = line_of(serve_label, capsys, *words_for(copy, scans, tmp_path))
+    assert line.startswith(f"error: {copy} is not served: ") and message in line and "--allow" in line
+    assert not trace.exists() and not (tmp_path / "app").exists()
+
+
+def test_what_the_owner_agrees_to_is_served(serve_label, bundle, scans, tmp_path, capsys):
+    copy = tmp_path / NAME
+    shutil.copytree(bundle, copy)
+    change(copy, "train", learning_rate="$1 / 1000")
+    (tmp_path / "mine.txt").write_text("$1 / 1000\n")
+    words = words_for(copy, scans, tmp_path)
+    assert 'learning_rate: expression that is not known: "$1 / 1000"' in line_of(serve_label, capsys, *words)
+    words += ["--allow", str(tmp_path / "mine.txt")]
+    assert serve_label.deploy_all(serve_label.parse_arguments(words)) == [NAME]
+
+
+def test_hostile_weights_are_refused_and_not_run(serve_label, bundle, scans, tmp_path, capsys):
+    torch.save({"a": Payload(tmp_path / "pwned")}, tmp_path / "mine.pt")
+    words = [*words_for(bundle, scans, tmp_path), "--weights", str(tmp_path / "mine.pt")]
+    line = line_of(serve_label, capsys, *words)
+    assert "mine.pt holds more than tensors; such a file could run code and is not loaded" in line
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "app").exists()
+
+
+@pytest.mark.parametrize("name", ["../pwned", f"{NAME}/../../pwned", "/tmp/pwned"])
+def test_a_zip_is_not_unpacked_by_the_server(name, serve_label, scans, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr(name, "")
+    line = line_of(serve_label, capsys, *words_for(tmp_path / "a.zip", scans, tmp_path))
+    assert "a.zip is no folder; check a zip by scripts/verify_bundle.py" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "scans"]
 
 
 def test_a_port_in_use(serve_label, bundle, scans, tmp_path, capsys):
