@@ -97,12 +97,19 @@ def describe_error(error: BaseException) -> str | None:
         pasted = _PASTED_ERROR.search(str(current)) if "Traceback" in str(current) else None
         if pasted:
             return pasted.group(2).strip()
-    root = next((e for e in reversed(chain) if isinstance(e, USER_ERRORS)), None)
+    # A system's error that names its file says it all. What came before may be that pathlib tried a folder
+    # whose parent was not there yet, which is not what the user has to mend.
+    plain = next((n for n, e in enumerate(chain) if _names_a_file(e) and e.__cause__ is None), len(chain))
+    root = next((e for e in reversed(chain[: plain + 1]) if isinstance(e, USER_ERRORS)), None)
     if root is None:
         return None
-    if isinstance(root, OSError) and root.filename is not None and root.strerror:
+    if isinstance(root, OSError) and _names_a_file(root):
         return f"{root.strerror}: {root.filename}"
     return " ".join(str(root).split()) or type(root).__name__
+
+
+def _names_a_file(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.filename is not None and bool(error.strerror)
 
 
 def _report(error: BaseException) -> int | None:

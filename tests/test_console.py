@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from custom.console import check_overrides, command, describe_error, require_file
+from tests.permissions import read_only
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +38,13 @@ def test_the_first_cause_is_what_the_user_reads():
     assert describe_error(raised(wrapped)) == "scan.nii is 4-D; give 3-D"
     assert describe_error(RuntimeError("a bug")) is None
     assert describe_error(raised(Path("no/such/file").read_text)) == "No such file or directory: no/such/file"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_for_the_reason_that_matters(tmp_path):
+    """pathlib tries the last folder first, which is missing only because the others are."""
+    with read_only(tmp_path):
+        error = raised(lambda: (tmp_path / "a" / "b" / "c").mkdir(parents=True))
+    assert describe_error(error) == f"Permission denied: {tmp_path / 'a'}"
 
 
 def test_a_data_loader_workers_pasted_traceback_is_read():

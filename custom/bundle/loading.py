@@ -15,6 +15,7 @@ from monai.handlers import CheckpointLoader
 from torch.nn.parallel import DistributedDataParallel
 
 from custom.bundle.settings import settings_file
+from custom.data.files import refuse_denied
 
 __all__ = ["WeightsLoader", "describe_misfit", "load_safely", "read_weights"]
 
@@ -29,10 +30,12 @@ def load_safely(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: When there is no such file.
+        PermissionError: When it may not be read.
         ValueError: In one line, when it is another file, a damaged one, or could run code.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} not found; it should hold weights")
+    refuse_denied([path])
     name = os.fspath(path)
     try:
         with zipfile.ZipFile(name) as archive:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from custom.data.dicom import walk_files
+from custom.data.files import refuse_denied
 from custom.data.scans import is_nifti
 
 __all__ = [
@@ -37,9 +39,12 @@ def find_nifti(source: Path, output: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: When there is no such folder.
+        PermissionError: When a folder may not be read.
     """
     own = {(output / folder).resolve() for folder in ("labels", "lungs")}
-    files = (Path(file) for file in walk_files(source) if is_nifti(file))
+    found = list(walk_files(source))
+    refuse_denied(path for path in found if os.path.isdir(path))
+    files = (Path(file) for file in found if is_nifti(file))
     return [file for file in files if file.parent.resolve() not in own]
 
 

@@ -122,6 +122,8 @@ class Study:
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the files below a folder in a fixed order, without hidden files and folders.
 
+    A folder that may not be read is yielded in place of its files, lest they vanish in silence.
+
     Args:
         folder: where to look, with all its sub-folders.
 
@@ -131,13 +133,17 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
     if not Path(folder).is_dir():
         hint = "; this is a file, give the folder that holds it" if Path(folder).is_file() else ""
         raise FileNotFoundError(f"no such folder: {folder}{hint}")
-    for path, folders, files in os.walk(os.fspath(folder)):
+    denied: list[str] = []
+    for path, folders, files in os.walk(os.fspath(folder), onerror=lambda e: denied.append(e.filename)):
+        yield from denied
+        denied.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             file = os.path.join(path, name)
             # Reading a pipe or a device may never end. A link to nothing is a file that was lost.
             if not name.startswith(".") and (os.path.isfile(file) or os.path.islink(file)):
                 yield file
+    yield from denied
 
 
 def find_studies(folder: str | os.PathLike[str]) -> list[Study]:

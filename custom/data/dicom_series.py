@@ -19,6 +19,7 @@ from pydicom import dcmread
 from custom.data.dicom import Series, Study
 from custom.data.dicom_header import Instance
 from custom.data.dicom_stack import name_slices, stack_slices
+from custom.data.files import is_denied
 
 __all__ = ["CTVolume", "choose_series", "is_sharp_kernel", "read_series"]
 
@@ -180,6 +181,8 @@ def _check_files(series: Series) -> None:
         raise ValueError(f"modality is {series.modality or 'missing'}, not CT")
     if series.unreadable:
         count = _count(len(series.unreadable), "file")
+        if any(is_denied(file) for file in series.unreadable):
+            raise ValueError(f"{count} beside it cannot be read: permission denied; ask for the right to")
         raise ValueError(
             f"{count} beside it cannot be read as DICOM (broken or empty); copy the series again"
         )

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-__all__ = ["atomic_folder", "atomic_path", "file_sha256", "write_json", "write_nifti"]
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "file_sha256",
+    "is_denied",
+    "refuse_denied",
+    "write_json",
+    "write_nifti",
+]
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -31,6 +39,37 @@ def file_sha256(path: str | os.PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_denied(path: str | os.PathLike) -> bool:
+    """Whether a file or folder is there and its permissions keep this user from reading it.
+
+    Args:
+        path: the file or folder.
+    """
+    try:
+        # Tried, since access control lists and network file systems have rules of their own; without waiting,
+        # as a pipe would have it.
+        os.close(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def refuse_denied(paths: Iterable[str | os.PathLike]) -> None:
+    """Raise for the first of these files and folders that this user may not read.
+
+    Args:
+        paths: where to look.
+
+    Raises:
+        PermissionError: With the path.
+    """
+    for path in paths:
+        if is_denied(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
 
 
 @contextmanager
@@ -50,7 +89,8 @@ def atomic_path(path: str | os.PathLike, keep: str | os.PathLike | None = None) 
     path = Path(path)
     _make_folder(path.parent)
     suffix = "".join(path.suffixes[-2:])
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=suffix, dir=path.parent)
+    with _writing(path):
+        handle, name = tempfile.mkstemp(prefix=".partial-", suffix=suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -80,7 +120,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     _make_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
+    with _writing(path):
+        temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
     try:
         with _writing(path):
             yield temporary

@@ -8,8 +8,8 @@ import hashlib
 import os
 import re
 import zlib
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from custom.data.dicom import Study, find_studies, group_studies, walk_files
 from custom.data.dicom_series import choose_series, read_series
+from custom.data.files import is_denied, refuse_denied
 
 __all__ = ["Scan", "is_nifti", "list_scans", "read_scan"]
 
@@ -58,7 +59,7 @@ def list_scans(folder: str | os.PathLike[str], series_uid: str | None = None) ->
     """List the scans in a folder and its sub-folders: every NIfTI file and every DICOM study is one.
 
     A study without a series to read is listed with all its files, so that it fails, with the reason, when it
-    is loaded and does not vanish from the results.
+    is loaded and does not vanish from the results. So are, folder by folder, files that may not be read.
 
     Args:
         folder: where to look; hidden files and folders are left aside.
@@ -83,6 +84,7 @@ def list_scans(folder: str | os.PathLike[str], series_uid: str | None = None) ->
         files = []
     items = [_nifti_item(file, folder) for file in files if is_nifti(file)]
     items += [_study_item(study, series_uid) for study in studies]
+    items += _denied_items(files, studies, folder)
     if not items:
         raise FileNotFoundError(f"no NIfTI file (.nii, .nii.gz) and no DICOM study in {folder}")
     items.sort(key=lambda item: item["image"] if isinstance(item["image"], str) else item["image"][0])
@@ -120,6 +122,7 @@ def read_scan(
     if series_uid is not None and len(studies) > 1:
         studies = [study for study in studies if any(s.uid == series_uid for s in study.series)]
     if not studies:
+        refuse_denied(files)
         raise ValueError(f"neither a NIfTI file (.nii, .nii.gz) nor a DICOM study: {where}")
     if len(studies) > 1:
         raise ValueError(
@@ -213,6 +216,20 @@ def _study_item(study: Study, series_uid: str | None) -> dict[str, Any]:
     except ValueError as error:
         files, reason = study.files, str(error)
     return {"image": list(files), "name": study.name, "series_choice": reason}
+
+
+def _denied_items(
+    files: Sequence[str], studies: Sequence[Study], folder: str | os.PathLike[str]
+) -> Iterator[dict[str, Any]]:
+    """What may not be read and is part of no study that is known, as an item for each folder."""
+    known = {file for study in studies for file in study.files}
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        if not is_nifti(file) and file not in known and is_denied(file):
+            by_folder[os.path.dirname(file)].append(file)
+    for place, members in by_folder.items():
+        name = f"unreadable-{_hash(os.path.relpath(place, folder))}"
+        yield {"image": members, "name": name, "series_choice": ""}
 
 
 def _safe_name(path: str) -> str:

@@ -234,6 +234,8 @@ class TrainingCheckpoint:
         for path in found:
             try:
                 return _load(path)
+            except PermissionError:
+                raise  # it may well be whole, and starting afresh would overwrite it
             except Exception as error:  # torn files raise whatever their bytes happen to mean
                 self._torn = self._torn or path == self.latest
                 others = path != found[-1]

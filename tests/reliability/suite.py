@@ -54,6 +54,8 @@ FUZZ_FACTOR = 25
 TABLES = [
     "tests/bundles/test_bad_inputs.py",
     "tests/scripts/test_bad_input_table.py",
+    "tests/bundles/test_bundle_permissions.py",
+    "tests/scripts/test_permissions.py",
     "tests/bundles/test_full_disk.py",
     "tests/data/test_files.py",
     "tests/bundles/test_interrupt.py",
