@@ -19,7 +19,7 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_
 
 from custom.data.dicom_writer import write_dicom_series
 from custom.data.phantom import Phantom, make_phantom
-from tests import dicom_faults
+from tests import dicom_faults, lossless_jpeg
 
 __all__ = ["ODD", "REFUSED", "BadScan", "make_table", "scan_of", "table_phantom"]
 
@@ -127,6 +127,10 @@ def two_dimensional(folder: Path, phantom: Phantom) -> None:
 def rgb(folder: Path, phantom: Phantom) -> None:
     colour = np.zeros(phantom.image.shape, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     nifti(folder / "a.nii.gz", colour)
+
+
+def rgb_slice(folder: Path, phantom: Phantom) -> None:
+    dicom_faults.colour_slice(series(folder, phantom)[7])
 
 
 def eight_bit(folder: Path, phantom: Phantom) -> None:
@@ -259,6 +263,11 @@ def run_length(folder: Path, phantom: Phantom) -> None:
     series(folder, phantom, transfer_syntax=RLELossless)
 
 
+def jpeg_lossless(folder: Path, phantom: Phantom) -> None:
+    for file in series(folder, phantom):
+        lossless_jpeg.compress_slice(file)
+
+
 def pipe_beside_the_slices(folder: Path, phantom: Phantom) -> None:
     """Whoever opens it waits for ever."""
     os.mkfifo(series(folder, phantom)[0].parent / "pipe")
@@ -281,6 +290,7 @@ REFUSED = [
     BadScan(constant, "all voxels are 40"),
     BadScan(all_air, "Hounsfield|HU|tissue"),
     BadScan(no_lungs, "lung"),
+    BadScan(rgb_slice, "not one grey-level frame"),
     BadScan(missing_slice, "slices are missing"),
     BadScan(duplicate_slice, "share their position"),
     BadScan(same_file_twice, "more than once"),
@@ -307,6 +317,7 @@ ODD = [
         jpeg_ls,
         jpeg_2000,
         run_length,
+        jpeg_lossless,
         pipe_beside_the_slices,
     )
 ]

@@ -74,6 +74,20 @@ def halve_matrix(file: Path) -> None:
     edit(file, change)
 
 
+def colour_slice(file: Path) -> None:
+    """Store a slice as a picture of colours."""
+
+    def change(dataset: Dataset) -> None:
+        grey = (dataset.pixel_array >> 4).astype(np.uint8)
+        dataset.SamplesPerPixel, dataset.PlanarConfiguration = 3, 0
+        dataset.PhotometricInterpretation = "RGB"
+        dataset.BitsAllocated = dataset.BitsStored = 8
+        dataset.HighBit, dataset.PixelRepresentation = 7, 0
+        dataset.PixelData = np.repeat(grey[..., None], 3, axis=-1).tobytes()
+
+    edit(file, change)
+
+
 def truncate(file: Path, keep: float | int) -> None:
     """Cut a file off, to a fraction of its length or to a number of bytes."""
     content = file.read_bytes()

@@ -22,7 +22,7 @@ from custom.data import find_studies
 from tests import dicom_faults
 from tests.bad_scans import ODD, REFUSED, BadScan, make_table, nifti, scan_of, table_phantom
 
-SAME_CHEST = {"shuffled_slices", "several_series", "jpeg_ls", "jpeg_2000", "run_length"}
+SAME_CHEST = {"shuffled_slices", "several_series", "jpeg_ls", "jpeg_2000", "run_length", "jpeg_lossless"}
 
 
 @pytest.fixture(scope="module")

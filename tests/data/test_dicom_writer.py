@@ -8,10 +8,12 @@ import subprocess
 import numpy as np
 import pytest
 from pydicom import dcmread
+from pydicom.pixels import pixel_array
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
 )
@@ -19,6 +21,7 @@ from pydicom.uid import (
 from custom.data.dicom import find_studies
 from custom.data.dicom_series import choose_series, read_series
 from custom.data.dicom_writer import write_dicom_series
+from tests import lossless_jpeg
 
 SHAPE, SPACING = (5, 4, 3), (0.7, 0.9, 2.5)
 AFFINE = np.array([[-0.7, 0, 0, 90], [0, -0.9, 0, 120], [0, 0, 2.5, -300], [0, 0, 0, 1]])
@@ -155,6 +158,25 @@ def test_round_trip_in_other_transfer_syntaxes(tmp_path, syntax, signed):
     files = write_dicom_series(tmp_path, hu, AFFINE, transfer_syntax=syntax, signed=signed)
     assert dcmread(files[0]).file_meta.TransferSyntaxUID == syntax
     np.testing.assert_array_equal(read_back(tmp_path).hu, hu)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_lossless_jpeg_is_read(tmp_path, signed):
+    hu = make_hu((40, 36, 2))
+    hu[3:5, 7] = [[-1024], [30_000]]  # steps of all sizes
+    for file in write_dicom_series(tmp_path, hu, AFFINE, signed=signed):
+        lossless_jpeg.compress_slice(file)
+        assert dcmread(file).file_meta.TransferSyntaxUID == JPEGLosslessSV1
+    np.testing.assert_array_equal(read_back(tmp_path).hu, hu)
+
+
+def test_jpeg_ls_is_read_by_the_decoder_that_is_always_installed(tmp_path):
+    """pyjpegls, which the test above encodes with, comes with highdicom, which is optional."""
+    pytest.importorskip("jpeg_ls", reason="pyjpegls, which encodes JPEG-LS, is not installed")
+    hu = make_hu((40, 36, 2))
+    files = write_dicom_series(tmp_path, hu, AFFINE, transfer_syntax=JPEGLSLossless)
+    stored = [pixel_array(file, decoding_plugin="pylibjpeg").astype(int).T - 1024 for file in files]
+    np.testing.assert_array_equal(np.stack(stored, axis=-1), hu)
 
 
 @pytest.mark.parametrize("options", [{"signed": True}, {"rescale_intercept": -4096}, {"rescale_slope": 2}])

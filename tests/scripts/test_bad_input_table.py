@@ -20,7 +20,7 @@ from lidc_phantom import write_case
 from PIL import Image
 
 from tests import dicom_faults
-from tests.bad_scans import REFUSED, make_table, nifti, scan_of, table_phantom
+from tests.bad_scans import ODD, REFUSED, make_table, nifti, scan_of, table_phantom
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = [row.name for row in REFUSED]
@@ -84,6 +84,34 @@ def test_score(table, phantom, tmp_path, capsys, side):
         (folder / "good ü.nii.gz").unlink()
     words[-1] = tmp_path / "none" / "s"
     assert main("score", *words) == 2 and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("row", REFUSED + ODD, ids=str)
+def test_make_report(row, table, phantom, tmp_path, capsys):
+    scan = scan_of(table / row.name)
+    grid = phantom.lungs.shape, phantom.affine
+    if row.name in ("one_slice", "thousand_slices"):
+        grid = nib.load(scan).shape, nib.load(scan).affine
+    nifti(tmp_path / "mask ü.nii.gz", np.zeros(grid[0], np.uint8), grid[1])
+    words = [
+        "--scan",
+        scan,
+        "--mask",
+        tmp_path / "mask ü.nii.gz",
+        "--output-dir",
+        tmp_path / "out",
+        "--no-dicom",
+    ]
+    code = main("make_report", *words)
+    found = list((tmp_path / "out").rglob("*_report.json"))
+    if row in ODD:
+        assert code == 0 and json.loads(found[0].read_text())["opacity_volume_ml"]["total"] == 0
+        return
+    message = "scan not found" if row.name == "unreadable" else row.message  # a link to itself
+    assert code == 2 and re.search(message, error_of(capsys))
+    for file in found:  # none where there is no scan at all
+        assert json.loads(file.read_text())["opacity_volume_ml"]["total"] is None
+    assert not list((tmp_path / "out").rglob("*.nii.gz")) and not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_score_of_folders_that_cannot_be(phantom, tmp_path, capsys):
