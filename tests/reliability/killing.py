@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -155,6 +157,7 @@ def kill_at_random(
         finished += 1
         account.lost += differences(whole, run)
         left += len(leftovers(run))
+        shutil.rmtree(run)  # checkpoints of all runs together would fill a disk
         progress(f"{name}: run to its end, {'equal' if not account.lost else 'NOT EQUAL'}")
     account.tried = f"{done} kills ({writing} in a write"
     account.tried += f", {len(damaged)} checkpoints damaged)" if checkpoints else ")"
@@ -184,11 +187,13 @@ def _wait(pid: int, seconds: float, watched: Path | None) -> tuple[bool, int]:
 
 
 def _tear_a_checkpoint(run: Path, chance: random.Random) -> Path | None:
-    """Damage one latest checkpoint that has another before it; returns it."""
+    """Damage one latest checkpoint that has another before it, and is still needed; returns it."""
+    manifest = run / "manifest.json"  # of a transfer, with the stages that are finished and not read again
+    finished = json.loads(manifest.read_text(encoding="utf-8"))["stages"] if manifest.is_file() else {}
     found = [
         file
         for file in sorted(run.rglob("checkpoint_latest.pt"))
-        if file.with_name("checkpoint_previous.pt").is_file()
+        if file.with_name("checkpoint_previous.pt").is_file() and file.parent.parent.name not in finished
     ]
     if not found:
         return None

@@ -4,7 +4,7 @@
 make test-reliability                                   all of it, under half an hour on two idle CPU cores
 python tests/reliability/run.py --only kills --seed 7   a part, with the same random moments as another time
 
-The exit code is 0 when nothing was lost.
+The exit code is 0 when nothing was lost. It needs up to 6 GB in the folder for temporary files.
 """
 
 from __future__ import annotations

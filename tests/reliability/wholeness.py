@@ -78,7 +78,11 @@ def differences(whole: Path, killed: Path) -> list[str]:
     found += [f"{name} is there besides" for name in other.keys() - one.keys()]
     for name in sorted(one.keys() & other.keys()):
         if name.endswith(".pt") and "/cache/" not in f"/{name}":
-            contents = (torch.load(files[name], weights_only=True) for files in (one, other))
+            try:
+                contents = [torch.load(files[name], weights_only=True) for files in (one, other)]
+            except Exception as error:  # whatever the bytes of a torn file happen to mean
+                found.append(f"{name} cannot be read: {error}")
+                continue
             found += [f"{name}: {where} differs" for where in _unequal(*contents)]
         elif name.endswith(".pt"):
             continue  # prepared cases hold the paths they were made from
