@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import monai
 import nibabel as nib
 import numpy as np
+import torch
 from memory import BUNDLE, save_weights
 
 from custom.data import make_phantom, write_datalist
@@ -30,8 +33,8 @@ CHANNELS = [8, 8, 8, 8, 8]
 SHAPE, SPACING = (128, 128, 40), (2.7, 2.7, 6.8)
 
 
-def run(configs: list[str], overrides: dict[str, Any], processes: int) -> float:
-    """Run a bundle's command; returns the seconds it took.
+def run(configs: list[str], overrides: dict[str, Any], processes: int) -> tuple[float, float]:
+    """Run a bundle's command; returns the seconds it took, by the clock and of the processors.
 
     Raises:
         RuntimeError: When it fails.
@@ -42,12 +45,18 @@ def run(configs: list[str], overrides: dict[str, Any], processes: int) -> float:
     words += ["--config_file", str(files)]
     for key, value in {"bundle_root": str(BUNDLE), **overrides}.items():
         words += [f"--{key}", value if isinstance(value, str) else repr(value)]
-    started = time.monotonic()
+    started, used = time.monotonic(), children_seconds()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=BUNDLE, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr[-3000:]}")
-    return time.monotonic() - started
+    return time.monotonic() - started, children_seconds() - used
+
+
+def children_seconds() -> float:
+    """Processor time of the processes that have ended, which others on the machine hardly change."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def write_cohort(folder: Path, cases: int) -> None:
@@ -84,7 +93,11 @@ def main() -> None:
     )
     parser.add_argument("--cases", type=int, default=12)
     args = parser.parse_args()
-    print(f"| run | processes | time (s) | times as fast | result |\n|{'---|' * 5}")
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"{os.cpu_count()} cores, load {load}, torch {torch.__version__}, MONAI {monai.__version__}")
+    print(
+        f"| run | processes | time (s) | times as fast | CPU time (s) | result |\n|{'---|' * 6}", flush=True
+    )
     with tempfile.TemporaryDirectory(prefix="processes-") as name:
         folder = Path(name)
         write_cohort(folder, args.cases)
@@ -102,15 +115,14 @@ def main() -> None:
                 if what == "evaluation":
                     overrides |= {"cache_dir": str(folder / f"cache_{processes}"), "num_workers": 0}
                 used = [*configs, more] if processes > 1 else configs
-                seconds[processes] = run(used, overrides, processes)
+                seconds[processes], cpu = run(used, overrides, processes)
                 found[processes] = result(output)
                 if not found[1] or found[processes] != found[1]:
                     raise RuntimeError(f"{what} by {processes} processes gives another result than by one")
                 ratio = seconds[1] / seconds[processes]
                 said = f"{args.cases} cases" if processes == 1 else "the same"
-                print(
-                    f"| {what} | {processes} | {seconds[processes]:.0f} | {ratio:.2f} | {said} |", flush=True
-                )
+                row = (what, processes, f"{seconds[processes]:.0f}", f"{ratio:.2f}", f"{cpu:.0f}", said)
+                print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from custom.data.dicom_header import Instance, get_integer, get_text, make_instance, object_kind, read_header
+from custom.data.files import is_denied
 
 __all__ = ["Series", "Study", "find_studies", "group_studies", "walk_files"]
 
@@ -204,6 +205,20 @@ def group_studies(files: Iterable[str | os.PathLike[str]]) -> list[Study]:
         date = next((s.study_date for s in series if s.study_date), "")
         studies.append(Study(uid, date, tuple(series)))
     return sorted(studies, key=lambda s: (s.date, s.uid))
+
+
+def refuse_denied_files(files: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse files and folders that this user may not read; paths are not named, since folders bear names.
+
+    Args:
+        files: of no study that is known.
+
+    Raises:
+        ValueError: In one line with their number.
+    """
+    if count := sum(is_denied(file) for file in files):
+        what = "a file or folder" if count == 1 else f"{count} files or folders"
+        raise ValueError(f"permission denied to read {what}; 'find SCANS ! -readable' lists them")
 
 
 def _suffix(file: str) -> str:

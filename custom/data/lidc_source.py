@@ -16,9 +16,9 @@ from pydicom import dcmread
 from tqdm import tqdm
 
 from custom.console import bar_interval
-from custom.data.dicom import group_studies, walk_files
+from custom.data.dicom import group_studies, refuse_denied_files, walk_files
 from custom.data.dicom_series import CTVolume, read_series
-from custom.data.files import file_sha256, refuse_denied
+from custom.data.files import file_sha256
 from custom.data.lidc import ChestXrayError, LidcReadings, read_annotations
 from custom.data.work import LeftOut, work_through
 
@@ -135,7 +135,7 @@ def find_series(source: str | os.PathLike, num_workers: int = 0) -> dict[str, Li
 
     Raises:
         FileNotFoundError: When there is no such folder.
-        PermissionError: When files may not be read that are beside no series, which would miss them.
+        ValueError: When files may not be read that are beside no series, which would miss them.
     """
     files = [file for file in walk_files(source) if not file.lower().endswith(".xml")]
     chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
@@ -149,7 +149,7 @@ def find_series(source: str | os.PathLike, num_workers: int = 0) -> dict[str, Li
                 unreadable[os.path.dirname(file)].append(file)
     known = {os.path.dirname(file) for series in found.values() for file in series.files}
     lost = [file for folder in sorted(unreadable.keys() - known) for file in unreadable[folder]]
-    refuse_denied(lost)
+    refuse_denied_files(lost)
     for series in found.values():
         series.files.sort()
         for folder in sorted({os.path.dirname(file) for file in series.files}):

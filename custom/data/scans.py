@@ -17,9 +17,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from custom.data.dicom import Study, find_studies, group_studies, walk_files
+from custom.data.dicom import Study, find_studies, group_studies, refuse_denied_files, walk_files
 from custom.data.dicom_series import choose_series, read_series
-from custom.data.files import is_denied, refuse_denied
+from custom.data.files import is_denied
 
 __all__ = ["Scan", "is_nifti", "list_scans", "read_scan"]
 
@@ -122,7 +122,7 @@ def read_scan(
     if series_uid is not None and len(studies) > 1:
         studies = [study for study in studies if any(s.uid == series_uid for s in study.series)]
     if not studies:
-        refuse_denied(files)
+        refuse_denied_files(files)
         raise ValueError(f"neither a NIfTI file (.nii, .nii.gz) nor a DICOM study: {where}")
     if len(studies) > 1:
         raise ValueError(

@@ -220,7 +220,7 @@ def test_files_that_cannot_be_read(make: Callable[[Path, Path], Made], place, ca
     with unreadable(*files):
         assert main(name, *words) == 2
     line = error_of(capsys)
-    assert re.search("Permission denied|cannot be read|not readable", line), line
+    assert re.search("ermission denied", line), line
     assert not list(out.rglob("datalist.json"))
 
 
