@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -133,8 +134,9 @@ def test_losses_of_scoatnets_table_1_by_hand(cohort, tmp_path):
         assert float(loss(logits, target)) == pytest.approx(value, abs=1e-4), overlay
 
 
-def test_metadata_network_and_onnx(bundle, tmp_path, trained):
+def test_metadata_network_and_onnx(bundle, tmp_path, trained, monkeypatch):
     work, _ = trained
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the export leaves a copy of the weights there
     metadata = bundle.folder / "configs" / "metadata.json"
     schema = ROOT / "scripts" / "meta_schema_20240725.json"  # MONAI's, Apache-2.0: no network is needed
     assert schema.is_file()
