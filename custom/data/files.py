@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,29 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
                 _sync(file)
         _sync_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            # Out of the way first: removing takes longer than renaming, and whoever reads finds one of them.
-            path.rename(temporary / "replaced")
-        temporary.rename(path)
-        shutil.rmtree(path / "replaced", ignore_errors=True)
+        _take_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(path.parent)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Rename a folder to where another one may be, or appear at any moment from another process."""
+    while True:
+        if path.exists():
+            # Out of the way first: removing takes longer than renaming, and whoever reads finds one of them.
+            with suppress(FileNotFoundError):  # another process was faster
+                path.rename(temporary / "replaced")
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(temporary / "replaced", ignore_errors=True)
+        else:
+            break
+    shutil.rmtree(path / "replaced", ignore_errors=True)
 
 
 def _make_folder(path: Path) -> None:

@@ -42,7 +42,8 @@ class Bfloat16Inferer(Inferer):
 
 
 def _normalizes_instances(network: torch.nn.Module) -> bool:
-    return any(isinstance(module, torch.nn.modules.instancenorm._InstanceNorm) for module in network.modules())
+    instance = torch.nn.modules.instancenorm._InstanceNorm
+    return any(isinstance(module, instance) for module in network.modules())
 
 
 def _as_float32(output: Any) -> Any:

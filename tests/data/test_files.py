@@ -7,6 +7,7 @@ import resource
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -126,3 +127,15 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     assert done.returncode == -9 and path.read_bytes() == b"what was there"
     # What is left over is hidden, so that no listing of scans or slices takes it for one.
     assert all(p == path or p.name.startswith(".partial-") for p in tmp_path.iterdir())
+
+
+def test_several_writers_of_one_folder_do_not_fail(tmp_path):
+    def write(writer: int) -> None:
+        for _ in range(40):
+            with atomic_folder(tmp_path / "case") as temporary:
+                (temporary / "writer").write_text(str(writer))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))  # raises what a writer raised
+    assert [p.name for p in tmp_path.iterdir()] == ["case"]
+    assert [p.name for p in (tmp_path / "case").iterdir()] == ["writer"]
