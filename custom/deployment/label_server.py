@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import http.client
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import socket
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +45,10 @@ def check_port(host: str, port: int) -> None:
         except OverflowError:
             raise ValueError(f"port {port} is not a number from 0 to 65535") from None
         except OSError as error:
+            wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+            option = "--host" if wrong_host else "--port"
             raise OSError(
-                f"cannot listen on {host}:{port}: {str(error.strerror).lower()}; give another --port"
+                f"cannot listen on {host}:{port}: {str(error.strerror).lower()}; give another {option}"
             ) from None
 
 
@@ -62,6 +67,8 @@ def check_studies(studies: str) -> str:
     """
     if re.match(r"https?://", studies):
         url = studies.rstrip("/")
+        if not _is_address(url):
+            raise ValueError(f"{url} is not a valid address; give one like http://127.0.0.1:8042/dicom-web")
         request = urllib.request.Request(
             f"{url}/studies?limit=1", headers={"Accept": "application/dicom+json"}
         )
@@ -76,6 +83,8 @@ def check_studies(studies: str) -> str:
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", error)
             raise OSError(f"the DICOMweb server {url} does not answer: {reason}; is it running?") from None
+        except http.client.HTTPException:
+            raise ValueError(f"{url} is no DICOMweb root: what answers there does not speak HTTP") from None
         except ValueError:
             raise ValueError(f"{url} is no DICOMweb root: its /studies is not JSON") from None
         return url
@@ -89,6 +98,14 @@ def check_studies(studies: str) -> str:
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to; MONAI Label saves labels in it")
     return str(folder)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", url)
+    except ValueError:  # of a port that is no number, among others
+        return False
 
 
 class LabelServer:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 import socket
+import socketserver
 import threading
 import zipfile
 from pathlib import Path
@@ -292,6 +293,11 @@ def test_a_port_in_use(serve_label, bundle, scans, tmp_path, capsys):
         assert f"127.0.0.1:{port}: address already in use" in line_of(serve_label, capsys, *words)
 
 
+def test_a_host_that_is_not_this_machine(serve_label, bundle, scans, tmp_path, capsys):
+    line = line_of(serve_label, capsys, *words_for(bundle, scans, tmp_path), "--host", "192.0.2.1")
+    assert line.endswith("cannot assign requested address; give another --host")
+
+
 def test_a_dicomweb_server_that_is_down(serve_label, bundle, scans, tmp_path, capsys):
     url = f"http://127.0.0.1:{free_port()}/dicom-web"
     words = [*words_for(bundle, scans, tmp_path), "--studies", url]
@@ -305,6 +311,32 @@ def test_an_address_that_is_no_dicomweb_server(serve_label, bundle, scans, tmp_p
         assert "is no DICOMweb root: /studies answers 404" in line_of(serve_label, capsys, *words, url)
         (tmp_path / "studies").write_text("<html>a welcome page</html>")
         assert "its /studies is not JSON" in line_of(serve_label, capsys, *words, url)
+
+
+def test_an_address_where_no_web_server_answers(serve_label, bundle, scans, tmp_path, capsys):
+    with ssh_server() as url:
+        words = [*words_for(bundle, scans, tmp_path), "--studies", url]
+        line = line_of(serve_label, capsys, *words)
+    assert line == f"error: {url} is no DICOMweb root: what answers there does not speak HTTP"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:abc", "127.0.0.1:99999", "[::1", "a b", ""])
+def test_an_address_that_is_none(host, serve_label, bundle, scans, tmp_path, capsys):
+    words = [*words_for(bundle, scans, tmp_path), "--studies", f"http://{host}/dicom-web"]
+    assert f"http://{host}/dicom-web is not a valid address" in line_of(serve_label, capsys, *words)
+
+
+@contextlib.contextmanager
+def ssh_server():
+    class Greeting(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Greeting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 @contextlib.contextmanager
