@@ -48,7 +48,7 @@ _PACKED_PARTS = re.compile(
 )
 _WORK = re.compile(
     r"(eval|output|cache|data|transfer)/.*|(.*/)?__pycache__/.*"
-    r"|models/(checkpoint\w*\.pt|model_[0-9a-f]{8}\.pt|(?!model\.json)\w+\.json|\w+\.onnx)"
+    r"|models/(checkpoint\w*\.pt|model_[0-9a-f]{8}\.pt|(?!model\.json)\w+\.json|\w+\.(onnx|ts))"
 )
 
 

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NAME = "covid_ct_scoatnet_segmentation"
 REQUIREMENTS = ("monai>=1.6.1,<1.7", "torch>=2.8,<2.14")
 PACKAGE = Path(custom.__file__).parent
-LEFT = ("models/checkpoint_latest.pt", "eval/scores.json", "cache/slices/a/image.npy")
+EXPORTED = ("models/model.onnx", "models/model.ts")
+LEFT = ("models/checkpoint_latest.pt", *EXPORTED, "eval/scores.json", "cache/slices/a/image.npy")
 
 
 @pytest.fixture
@@ -57,11 +58,8 @@ def test_a_zip_holds_bundle_code_and_manifest(bundle, tmp_path):
     assert content["requirements.txt"].decode().split() == list(REQUIREMENTS)
     assert {"README.md", "LICENSE", "docs/README.md", "configs/logging.conf"} <= set(content)
     assert not [name for name in content if name.startswith(("eval", "cache")) or "checkpoint_" in name]
-    assert set(packed.left_out) == {
-        "models/checkpoint_latest.pt",
-        "eval/scores.json",
-        "cache/slices/a/image.npy",
-    }
+    assert not set(EXPORTED) & set(content)
+    assert set(packed.left_out) == set(LEFT)
     manifest = json.loads(content.pop("manifest.json"))
     assert manifest["files"] == {name: hashlib.sha256(b).hexdigest() for name, b in content.items()}
     assert manifest["custom"] == {"version": custom.__version__, "sha256": code_sha256(PACKAGE)}
