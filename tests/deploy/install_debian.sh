@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that the tests of deployment talk to, or says clearly that it cannot.
 set -euo pipefail
-packages=(orthanc orthanc-dicomweb chromium)
+packages=(orthanc orthanc-dicomweb chromium dicom3tools)
 
 installed() { dpkg-query --show --showformat='${db:Status-Status}' "$1" 2>/dev/null | grep -q '^installed$'; }
 cannot() {
