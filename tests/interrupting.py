@@ -38,6 +38,8 @@ def interrupt_command(
         start_new_session=True,  # or the signal would reach whoever runs this
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).resolve().parent.parent,
+        # A shell's background jobs ignore Ctrl-C, and what they start does, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         end = time.monotonic() + timeout

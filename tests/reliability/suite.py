@@ -145,6 +145,8 @@ class Kills:
             account.lost += [f"started again it ends with exit code {code}"] if code else []
             account.lost += differences(place / "whole", run)
             say(f"{account.name}: {done}, run to its end, {'NOT EQUAL' if account.lost else 'equal'}")
+        if not done:
+            account.lost.append("no training was interrupted: each had ended before")
         account.tried = f"{done} times; one line, exit code 130, then run to its end"
         account.seconds = time.monotonic() - started
         shutil.rmtree(place)
