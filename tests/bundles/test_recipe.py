@@ -32,7 +32,7 @@ def test_the_average_forgets_the_weights_it_began_with(file):
 
 @pytest.mark.parametrize("absolute", [False, True])
 def test_grey_values_reach_the_network_as_it_was_trained(absolute, tmp_path):
-    """The attention U-Net's recipe keeps the Hounsfield scale, its published settings normalise each slice."""
+    """The attention U-Net's recipe keeps the Hounsfield scale; published, it normalises each slice."""
     bundle = Bundle("covid_ct_attention_unet_segmentation", {"image_size": [32, 32]})
     names = ("train", "train_slices", *(["recipe_slices"] if absolute else []))
     training = bundle.workflow("train", names, {}).parser
