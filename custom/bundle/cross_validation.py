@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -115,9 +116,8 @@ class CrossValidation:
         for run in stages + runs:
             self._check_settings(run)
         total = len(stages) + len(runs)
-        with tqdm(
-            total=total, desc="runs", unit="run", dynamic_ncols=True, mininterval=bar_interval()
-        ) as bar:
+        bar = tqdm(total=total, desc="runs", unit="run", dynamic_ncols=True, mininterval=bar_interval())
+        with bar, _termination_raised():
             failures = self._run_all(stages, bar) or self._run_all(runs, bar)
         if failures:
             raise CohortError(failures, total, "runs")
@@ -172,6 +172,8 @@ class CrossValidation:
             steps: list[tuple[str, list[str]]] = [("training", [])]
             steps += [] if run.fold is None else [("evaluating", ["evaluate"])]
             for step, configs in steps:
+                if self._stop.is_set():
+                    return None
                 reason = self._run_step(run, step, configs, slot, lock)
                 if reason is not None:
                     return reason
@@ -283,6 +285,23 @@ class CrossValidation:
                 f"{run.name} in {folder} was begun with other settings ({', '.join(changed)}); give another "
                 "output folder, or remove that one to run it again"
             )
+
+
+@contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Let SIGTERM, by which schedulers and containers stop a command, end it like Ctrl-C, its runs too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

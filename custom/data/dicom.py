@@ -123,7 +123,8 @@ class Study:
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the files below a folder in a fixed order, without hidden files and folders.
 
-    A folder that may not be read is yielded in place of its files, lest they vanish in silence.
+    A folder that may not be read is yielded in place of its files, lest they vanish in silence. Links to folders
+    are followed; a folder that several paths lead to is walked once, so links in a circle end.
 
     Args:
         folder: where to look, with all its sub-folders.
@@ -135,9 +136,15 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
         hint = "; this is a file, give the folder that holds it" if Path(folder).is_file() else ""
         raise FileNotFoundError(f"no such folder: {folder}{hint}")
     denied: list[str] = []
-    for path, folders, files in os.walk(os.fspath(folder), onerror=lambda e: denied.append(e.filename)):
+    walked: set[str] = set()
+    walk = os.walk(os.fspath(folder), onerror=lambda e: denied.append(e.filename), followlinks=True)
+    for path, folders, files in walk:
         yield from denied
         denied.clear()
+        if os.path.realpath(path) in walked:
+            folders.clear()
+            continue
+        walked.add(os.path.realpath(path))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             file = os.path.join(path, name)

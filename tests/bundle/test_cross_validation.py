@@ -1,6 +1,7 @@
 # Copyright The covid-ct-bundles contributors. SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -78,6 +79,24 @@ def test_a_killed_study_goes_on(finished, study, cohort):
     now = times(output)
     assert len(now) == 6 and before and all(now[file] == when for file, when in before.items())
     assert len(list((output / "runs").rglob("finished"))) == 6
+
+
+def test_a_terminated_study_ends_its_training_too(study, cohort, tmp_path):
+    """What schedulers and containers send; the lock of a run is free when nobody works on it."""
+    process = subprocess.Popen(
+        command(study, cohort, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "out" / "runs" / "scoat_net" / "fold_0"
+    for _ in range(1200):
+        if (folder / "log.txt").is_file() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not (folder / "finished").exists()
 
 
 def test_every_case_is_scored_once_by_a_network_that_has_not_seen_it(finished, cohort):

@@ -70,6 +70,16 @@ class TestFinding:
         (series,) = study.series
         assert sorted(series.all_files) == sorted(map(str, files))
 
+    def test_follows_links_to_folders_and_ends_in_circles(self, tmp_path):
+        files = write(tmp_path / "archive", slices=2)
+        (tmp_path / "archive" / "again").symlink_to(tmp_path / "archive")
+        chosen = tmp_path / "chosen"
+        chosen.mkdir()
+        for name in ("patient", "the_same"):
+            (chosen / name).symlink_to(tmp_path / "archive")
+        (study,) = find_studies(chosen)
+        assert sorted(study.files) == [str(chosen / "patient" / file.name) for file in sorted(files)]
+
     def test_text_beside_files_without_suffix(self, tmp_path):
         files = [Path(file).rename(file.with_suffix("")) for file in write(tmp_path, slices=2)]
         (tmp_path / "README").write_text("Scans of the phantom")
