@@ -126,6 +126,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lung_margin_mm": (lambda v: not isinstance(v, (list, bool)) and v >= 0, "mm, 0 or more"),
     "channels": (_whole, "whole numbers above 0"),
     "flip_inference": (lambda v: isinstance(v, bool), "true or false"),
+    "match_greys": (lambda v: isinstance(v, bool), "true or false"),
     "absolute_intensity": (lambda v: isinstance(v, bool), "true or false"),
     "width": (lambda v: not isinstance(v, (list, bool)) and v > 0, "a number above 0"),
 }

@@ -17,6 +17,7 @@ from custom.data.cohort import CohortLoader
 from custom.data.pictures import write_picture
 from custom.data.plain_slices import turn_back
 from custom.reporting.table import write_table
+from custom.transforms.greys import GREY_MATCH
 
 __all__ = ["SliceReport"]
 
@@ -33,10 +34,10 @@ class SliceReport:
     - ``overlays/<name>.png``: the slice upright with the mask's contour.
 
     ``finish`` adds ``slices.csv``: name, size, pixels of opacity and their share of the whole picture, body
-    or not; a picture that failed has a row with the reason. ``scripts/score.py`` scores ``masks`` and
+    or not, and what :class:`custom.transforms.MatchGreysd` did; a picture that failed has a row with the reason. ``scripts/score.py`` scores ``masks`` and
     ``probabilities``.
 
-    The batch must hold ``picture`` (the slice upright, values from 0 to 255) and ``name``; the output's
+    The batch must hold ``picture`` (the slice upright, values from 0 to 255), ``image`` and ``name``; the output's
     ``pred`` (mask) and ``probability`` are those after inversion of every spatial step.
 
     Args:
@@ -114,6 +115,7 @@ class SliceReport:
             "width": stored.shape[1],
             "opacity_pixels": found,
             "opacity_percent_of_picture": round(100 * found / mask.size, 4),
+            "grey_match": getattr(item["image"], "meta", {}).get(GREY_MATCH),
             "reason": None,
         }
 
@@ -127,7 +129,7 @@ class SliceReport:
             self._clear(failure["name"])
         total = len(self._rows) + len(self.cohort.failures)
         failed = {failure["name"]: failure for failure in self.cohort.failures}
-        blank = dict.fromkeys(("height", "width", "opacity_pixels", "opacity_percent_of_picture"))
+        blank = dict.fromkeys(("height", "width", "opacity_pixels", "opacity_percent_of_picture", "grey_match"))
         rows = [
             self._rows.get(name) or {"name": name, **blank, "reason": failed[name]["reason"]}
             for name in (item["name"] for item in self.cohort.dataset.data)

@@ -2,6 +2,7 @@
 """Transforms that the bundles need and MONAI does not have."""
 
 from custom.transforms.checks import CheckSameGridD, CheckSameGridd, CheckSameGridDict
+from custom.transforms.greys import MatchGreysD, MatchGreysd, MatchGreysDict
 from custom.transforms.hounsfield import ValidateHU, ValidateHUD, ValidateHUd, ValidateHUDict
 from custom.transforms.intensity import NormalizeSlicesD, NormalizeSlicesd, NormalizeSlicesDict
 from custom.transforms.invert import InvertToMaskD, InvertToMaskd, InvertToMaskDict
@@ -41,6 +42,9 @@ __all__ = [
     "LungMaskD",
     "LungMaskDict",
     "LungMaskd",
+    "MatchGreysD",
+    "MatchGreysDict",
+    "MatchGreysd",
     "NoLungError",
     "NormalizeSlicesD",
     "NormalizeSlicesDict",

@@ -131,6 +131,28 @@ def test_a_window_of_pictures_that_differs_is_undone(slices, tmp_path):
     assert [row["opacity_pixels"] for row in rows] == ["0", "0"]
 
 
+def test_slices_of_an_unknown_window_are_matched_and_the_table_says_so(tmp_path):
+    """Lung is at 80, tissue at 160 and a lesion at 120, in the reference window at 128."""
+    picture = np.full((128, 128), 80, np.uint8)
+    picture[:50] = 160
+    picture[60:70, 20:40] = 122
+    picture += np.random.default_rng(0).integers(0, 3, picture.shape, np.uint8)
+    save(tmp_path / "images" / "bright.png", picture)
+    save(tmp_path / "images" / "flat.png", np.full((128, 128), 90, np.uint8))
+    rows = segment(tmp_path)
+    assert [row["grey_match"] for row in rows] == ["", ""]
+    assert int(rows[0]["opacity_pixels"]) == pytest.approx(50 * 128, abs=128), "the tissue alone"
+    rows = segment(tmp_path, match_greys=True)
+    lung, tissue = (int(word.split()[1]) for word in rows[0]["grey_match"].split(", "))
+    assert abs(lung - 81) <= 1 and abs(tissue - 161) <= 1
+    assert int(rows[0]["opacity_pixels"]) == pytest.approx(50 * 128 + 200, abs=160), "the lesion, too"
+    assert rows[1]["grey_match"].startswith("as it is: ") and rows[1]["opacity_pixels"] == "0"
+    with Image.open(tmp_path / "out" / "overlays" / "bright.png") as overlay:
+        assert np.asarray(overlay)[100, 100, 0] == picture[100, 100], "shown as it is stored"
+    rows = segment(tmp_path, match_greys=True, picture_window=[-1000, 400])
+    assert [row["grey_match"] for row in rows] == ["", ""], "a window that was given is believed"
+
+
 def test_broken_files_are_listed_and_leave_nothing_of_an_earlier_run(slices, tmp_path):
     segment(tmp_path)
     (tmp_path / "images" / "s2.png").write_bytes(b"torn")
