@@ -123,8 +123,8 @@ class Study:
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the files below a folder in a fixed order, without hidden files and folders.
 
-    A folder that may not be read is yielded in place of its files, lest they vanish in silence. Links to folders
-    are followed; a folder that several paths lead to is walked once, so links in a circle end.
+    A folder that may not be read is yielded in place of its files, lest they vanish in silence. Links to
+    folders are followed; a folder that several paths lead to is walked once, so links in a circle end.
 
     Args:
         folder: where to look, with all its sub-folders.

@@ -34,11 +34,11 @@ class SliceReport:
     - ``overlays/<name>.png``: the slice upright with the mask's contour.
 
     ``finish`` adds ``slices.csv``: name, size, pixels of opacity and their share of the whole picture, body
-    or not, and what :class:`custom.transforms.MatchGreysd` did; a picture that failed has a row with the reason. ``scripts/score.py`` scores ``masks`` and
-    ``probabilities``.
+    or not, and what :class:`custom.transforms.MatchGreysd` did; a picture that failed has a row with the
+    reason. ``scripts/score.py`` scores ``masks`` and ``probabilities``.
 
-    The batch must hold ``picture`` (the slice upright, values from 0 to 255), ``image`` and ``name``; the output's
-    ``pred`` (mask) and ``probability`` are those after inversion of every spatial step.
+    The batch must hold ``picture`` (the slice upright, values from 0 to 255), ``image`` and ``name``; the
+    output's ``pred`` (mask) and ``probability`` are those after inversion of every spatial step.
 
     Args:
         output_dir: folder for the files.
@@ -129,7 +129,8 @@ class SliceReport:
             self._clear(failure["name"])
         total = len(self._rows) + len(self.cohort.failures)
         failed = {failure["name"]: failure for failure in self.cohort.failures}
-        blank = dict.fromkeys(("height", "width", "opacity_pixels", "opacity_percent_of_picture", "grey_match"))
+        numbers = ("height", "width", "opacity_pixels", "opacity_percent_of_picture")
+        blank = dict.fromkeys((*numbers, "grey_match"))
         rows = [
             self._rows.get(name) or {"name": name, **blank, "reason": failed[name]["reason"]}
             for name in (item["name"] for item in self.cohort.dataset.data)

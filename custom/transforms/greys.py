@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
 
@@ -24,9 +23,10 @@ GREY_MATCH = "grey_match"
 class MatchGreysd(MapTransform):
     """Brings single 8-bit slices of unknown windows to the window of the training slices.
 
-    A linear mapping takes the two peaks of a slice's histogram, aerated lung and soft tissue, to those of the
-    labelled slices; see :mod:`custom.data.grey_match`. A slice without two such peaks stays as it is. What was
-    done stands in the metadata under :data:`GREY_MATCH`: "lung 77, tissue 231", or why nothing was.
+    A linear mapping takes the two peaks of a slice's histogram, aerated lung and soft tissue, to those of
+    COVID-SemiSeg's labelled slices, which the shipped weights were trained on; see
+    :mod:`custom.data.grey_match`. A slice without two such peaks stays as it is. What was done stands in the
+    metadata under :data:`GREY_MATCH`: "lung 77, tissue 231", or why nothing was.
 
     Args:
         keys: slices of values from 0 to 255.
@@ -46,8 +46,7 @@ class MatchGreysd(MapTransform):
         """
         d = dict(data)
         for key in self.key_iterator(d):
-            image = convert_to_tensor(d[key], dtype=torch.float32, track_meta=True)
-            assert isinstance(image, MetaTensor)
+            image: Any = convert_to_tensor(d[key], dtype=torch.float32, track_meta=True)
             pixels = np.rint(np.asarray(image.as_tensor())).clip(0, 255)
             try:
                 mapping = match_peaks(count_greys(pixels))

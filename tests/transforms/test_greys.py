@@ -26,7 +26,7 @@ def test_slices_of_any_window_come_to_the_reference(window):
     lung, tissue = find_peaks(count_greys(image))
     matched = MatchGreysd("image")({"image": MetaTensor(torch.from_numpy(image))})["image"]
     assert matched.dtype == torch.float32 and matched.shape == image.shape
-    assert 0 <= matched.min() and matched.max() <= 255
+    assert matched.min() >= 0 and matched.max() <= 255
     assert matched.meta[GREY_MATCH] == f"lung {lung}, tissue {tissue}"
     peaks = find_peaks(count_greys(np.rint(matched.numpy())))
     assert np.abs(np.subtract(peaks, REFERENCE_PEAKS)).max() <= 2
