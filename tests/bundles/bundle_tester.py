@@ -130,7 +130,7 @@ def check_configs_agree(bundle: Bundle) -> None:
     """train defines what inference and evaluation take where nothing is beside the weights."""
     train, inference = ConfigParser(), ConfigParser()
     train.read_config(bundle.config("train"))
-    inference.read_config(bundle.config("inference"))
+    inference.read_config(bundle.config("inference", "inference_slices"))
     assert train.get("network_def::_target_") == inference.get("network_def::_target_")
     evaluate = json.loads(Path(bundle.config("evaluate")[0]).read_text(encoding="utf-8"))
     told = set(train.get("weights_settings"))
@@ -140,4 +140,4 @@ def check_configs_agree(bundle: Bundle) -> None:
         assert taken["default"] == train.get(key), key
         assert evaluate.get(key, taken) == taken, key
     assert {"image_size", "hu_window", "lung_margin_mm"} < told & set(evaluate)
-    assert json.dumps(inference.get("network_def")).count("@") == len(told) - 4
+    assert json.dumps(inference.get("network_def")).count("@") == len(told) - 5
