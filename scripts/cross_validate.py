@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("study", type=Path, help="JSON file of the study; see scripts/studies")
     parser.add_argument("--dataset-dir", type=Path, required=True, help="data set with datalist.json")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for runs and report")
+    parser.add_argument(
+        "--systems", nargs="+", metavar="NAME", help="these systems of the study only (default: all)"
+    )
     parser.add_argument("--folds", type=int, nargs="+", help="hold out these folds only (default: all)")
     parser.add_argument(
         "--set",
@@ -44,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     study = read_study(args.study, ROOT / "bundles", args.set)
+    if args.systems:
+        study = study.only(args.systems)
     cross_validation = CrossValidation(
         study, args.dataset_dir, args.output_dir, args.folds, args.jobs, args.processes
     )

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,26 @@ class Study:
     selection: str
     systems: tuple[System, ...]
     stages: tuple[System, ...] = ()
+
+    def only(self, names: Sequence[str]) -> Study:
+        """The study of some of its systems, with the stages they start from.
+
+        The reference stays where it is among them; else the first of them is.
+
+        Raises:
+            ValueError: When a name is none of its systems.
+        """
+        known = [system.name for system in self.systems]
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"the study has no system '{unknown[0]}'; it has {'; '.join(known)}")
+        systems = tuple(system for system in self.systems if system.name in names)
+        starts = {system.start for system in systems}
+        return replace(
+            self,
+            systems=systems,
+            stages=tuple(stage for stage in self.stages if stage.name in starts),
+            reference=self.reference if self.reference in names else systems[0].name,
+        )
 
 
 def read_study(path: str | os.PathLike, bundles: str | os.PathLike, settings: Sequence[str] = ()) -> Study:
