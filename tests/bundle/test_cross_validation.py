@@ -4,6 +4,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,25 @@ def test_other_settings_are_refused(finished, study, cohort):
     made = read_study(study, ROOT / "bundles", ["U-Net:epochs=3"])
     with pytest.raises(ValueError, match=r"U-Net, fold 0 in .* other settings \(overrides\)"):
         CrossValidation(made, cohort, finished[0]).run()
+
+
+def test_some_systems_of_a_study_are_runs_of_the_whole(finished, study, cohort, tmp_path):
+    """Nothing is trained again, and the report is of the systems that were asked for."""
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    before = times(output / "runs")
+    done = subprocess.run(
+        command(study, cohort, output, "--systems", "SCOAT-Net"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert times(output / "runs") == before
+    rows = json.loads((output / "comparison" / "comparison.json").read_text())["rows"]
+    assert len(rows) == 6 and {row["system"] for row in rows} == {"SCOAT-Net"}
+    wrong = subprocess.run(
+        command(study, cohort, output, "--systems", "V-Net"), capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip() == "error: the study has no system 'V-Net'; it has SCOAT-Net; U-Net"
 
 
 def test_inner_fold_keeps_the_scored_fold_out_of_training_and_choice(study, cohort, tmp_path):

@@ -51,6 +51,17 @@ def test_what_a_system_is_made_of(tmp_path):
     assert [file.name for file in stage.configs()] == ["train.json", "pretrain.json"]  # not the study's own
 
 
+def test_some_of_the_systems(tmp_path):
+    made = read(tmp_path, study())
+    plain, other = made.only(["plain"]), made.only(["other", "other"])
+    assert [s.name for s in plain.systems] == ["plain"] and plain.stages == () and plain.reference == "plain"
+    assert [s.name for s in other.systems] == ["other"] and other.stages == made.stages
+    assert other.reference == "other", "the study's own is not among them"
+    assert made.only(["other", "plain"]) == made, "their order is the study's"
+    with pytest.raises(ValueError, match="no system 'nodules'; it has plain; other"):
+        made.only(["nodules"])
+
+
 def test_an_overlay_may_lie_beside_the_study(tmp_path):
     (tmp_path / "mine.json").write_text('{"batch_size": 2}')
     made = read(tmp_path, study(overlays=["mine.json"]))
