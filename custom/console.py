@@ -11,13 +11,14 @@ import os
 import re
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from custom.interrupts import catch_up, let_one_process_answer
 
 __all__ = [
     "CohortError",
@@ -25,7 +26,6 @@ __all__ = [
     "bar_interval",
     "check_overrides",
     "command",
-    "deaf_children",
     "describe_error",
     "list_failures",
     "read_switch",
@@ -152,60 +152,6 @@ def _mute_engine_errors() -> None:
     logging.setLoggerClass(_QuietLogger)
 
 
-@contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes started in this block leave Ctrl-C to this one, which gets it after the block at the latest.
-
-    A terminal sends it to all its processes, and each would print a traceback.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    _hold_interrupt()
-    try:
-        yield
-    finally:
-        _allow_interrupt()
-
-
-def _hold_interrupt() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-
-def _allow_interrupt() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _allow_interrupt()
-
-
-@functools.cache  # such hooks cannot be taken back, so they are made once
-def _let_one_process_answer_interrupts() -> None:
-    """Make Ctrl-C, which a terminal sends to all its processes, the affair of this one.
-
-    A data loader's worker that it ends prints a traceback, and so does this process, which waits for it.
-    """
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
-            before=_hold_interrupt, after_in_parent=_allow_interrupt, after_in_child=_ignore_interrupt
-        )
-
-
-def _catch_up(lost: Any) -> None:
-    """Raise again soon a KeyboardInterrupt that came where Python can only print and drop it.
-
-    A data loader ends its workers in ``__del__``, and a training would go on after Ctrl-C there.
-    """
-    if not issubclass(lost.exc_type, KeyboardInterrupt):
-        sys.__unraisablehook__(lost)
-        return
-    later = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-    later.daemon = True
-    later.start()
-
-
 def start(argv: Sequence[str] | None = None) -> None:
     """Make ``python -m monai.bundle run`` behave like our own commands; the bundles' ``initialize`` calls it.
 
@@ -237,8 +183,8 @@ def start(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(code)
 
     sys.excepthook = hook
-    sys.unraisablehook = _catch_up
-    _let_one_process_answer_interrupts()
+    sys.unraisablehook = catch_up
+    let_one_process_answer()
     if os.environ.get("RANK", "0") != "0":  # in a distributed run the first process speaks for all
         logging.getLogger().setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from custom.console import bar_interval, deaf_children
+from custom.console import bar_interval
 from custom.data.files import write_json
+from custom.interrupts import deaf_children
 
 __all__ = ["LISTED", "LeftOut", "describe_left_out", "part", "work_through", "write_left_out"]
 
