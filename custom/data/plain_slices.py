@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from custom.console import CohortError, bar_interval
 from custom.data.datalist import assign_folds, write_datalist
 from custom.data.files import atomic_path
+from custom.data.slice_pose import SIDEWAYS_ORIENTATIONS, SIDEWAYS_WARNING, lie_sideways, measure_pose
 
 __all__ = [
     "ORIENTATIONS",
@@ -27,6 +29,8 @@ __all__ = [
     "turn",
     "turn_back",
 ]
+
+logger = logging.getLogger(__name__)
 
 ORIENTATIONS = ("upright", "transposed", "rotated-90", "rotated-180", "rotated-270")
 """How stored slices lie; the numbers are counter-clockwise degrees that make them upright."""
@@ -178,7 +182,8 @@ def prepare_slices(
 
     Images and masks are paired by file name, never by their order. A mask is foreground where it is not
     zero and is written as 0/255. Each slice counts as a patient of its own, except slices that look alike
-    (the same slice twice, neighbours): they share a patient and so a fold.
+    (the same slice twice, neighbours): they share a patient and so a fold. Slices that seem to lie on their
+    side, with the orientation that is given, are warned of.
 
     Args:
         images: folder of 8-bit slices.
@@ -211,6 +216,7 @@ def prepare_slices(
     output = Path(output_dir)
     done: list[str] = []
     failures: list[dict[str, str]] = []
+    poses: list[float | None] = []
 
     def turned() -> Iterator[np.ndarray]:
         for stem in tqdm(stems, desc="slices", unit="slice", dynamic_ncols=True, mininterval=bar_interval()):
@@ -227,12 +233,15 @@ def prepare_slices(
                     upright = Image.fromarray(np.ascontiguousarray(turn(pixels, orientation)))
                     upright.save(temporary, format="PNG")
             done.append(stem)
+            poses.append(measure_pose(np.ascontiguousarray(turn(image, orientation))))
             yield image
 
     groups = group_similar(turned())
     failed = CohortError(failures, len(stems), "slices")
     if not done:
         raise failed
+    if lie_sideways(poses):
+        logger.warning(f"{SIDEWAYS_WARNING}: --orientation {' or '.join(SIDEWAYS_ORIENTATIONS)}")
     patients = [f"slice_{done[g]}" for g in groups]
     try:
         folds = assign_folds(patients, n_folds, seed)

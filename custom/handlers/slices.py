@@ -16,6 +16,7 @@ from custom.console import CohortError, read_switch
 from custom.data.cohort import CohortLoader
 from custom.data.pictures import write_picture
 from custom.data.plain_slices import turn_back
+from custom.data.slice_pose import SIDEWAYS_ORIENTATIONS, SIDEWAYS_WARNING, lie_sideways, measure_pose
 from custom.reporting.table import write_table
 from custom.transforms.greys import GREY_MATCH
 
@@ -35,7 +36,8 @@ class SliceReport:
 
     ``finish`` adds ``slices.csv``: name, size, pixels of opacity and their share of the whole picture, body
     or not, and what :class:`custom.transforms.MatchGreysd` did; a picture that failed has a row with the
-    reason. ``scripts/score.py`` scores ``masks`` and ``probabilities``.
+    reason. ``scripts/score.py`` scores ``masks`` and ``probabilities``. Slices that seem to lie on their side
+    are warned of.
 
     The batch must hold ``picture`` (the slice upright, values from 0 to 255), ``image`` and ``name``; the
     output's ``pred`` (mask) and ``probability`` are those after inversion of every spatial step.
@@ -62,6 +64,7 @@ class SliceReport:
         self.stored_orientation = stored_orientation
         self.probabilities = read_switch("probabilities", probabilities)
         self._rows: dict[str, dict[str, Any]] = {}
+        self._poses: list[float | None] = []
 
     def attach(self, engine: Engine) -> None:
         """
@@ -100,6 +103,7 @@ class SliceReport:
         mask = mask > 0
         self._clear(name)
         grey = grey.astype(np.uint8)
+        self._poses.append(measure_pose(grey))
         overlay = np.repeat(grey[..., None], 3, axis=-1)
         overlay[find_boundaries(mask, mode="inner")] = _RED
         write_picture(self._file("overlays", name), overlay)
@@ -141,6 +145,8 @@ class SliceReport:
         logger.info(
             f"{len(self._rows)} slices, {with_opacity} with opacity: {self.output_dir / 'slices.csv'}"
         )
+        if lie_sideways(self._poses):
+            logger.warning(f"{SIDEWAYS_WARNING}: --stored_orientation {' or '.join(SIDEWAYS_ORIENTATIONS)}")
         if failed:
             raise CohortError(self.cohort.failures, total, "pictures")
 

@@ -123,6 +123,19 @@ def test_masks_lie_as_the_pictures_are_stored(orientation, slices, tmp_path):
     assert not (tmp_path / "out" / "probabilities").exists()
 
 
+def test_slices_that_lie_on_their_side_are_warned_of(tmp_path, capsys):
+    """Dark lungs beside each other, stored transposed; five slices can be judged."""
+    upright = np.full((100, 140), 200, np.uint8)
+    upright[20:80, 15:60] = upright[20:80, 80:125] = 40
+    for number in range(5):
+        save(tmp_path / "images" / f"s{number}.png", upright.T)
+    segment(tmp_path)
+    said = capsys.readouterr().out
+    assert "stored on their side" in said and "--stored_orientation transposed or" in said
+    segment(tmp_path, stored_orientation="transposed")
+    assert "on their side" not in capsys.readouterr().out
+
+
 def test_a_window_of_pictures_that_differs_is_undone(slices, tmp_path):
     # Half of the window of the weights is -400 HU.
     rows = segment(tmp_path, picture_window=[-2000, 600])  # here 180 stands for -165 HU, 40 for -1592

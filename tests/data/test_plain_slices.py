@@ -90,9 +90,13 @@ def test_pairing_is_by_name_and_faults_are_named(folders):
         prepare_slices(folders / "none", folders / "masks", folders / "out")
 
 
-def test_real_slices(ct_data, tmp_path):
+def test_real_slices(ct_data, tmp_path, caplog):
     source = ct_data / "covid_semiseg_train"
+    prepare_slices(source / "images", source / "masks", tmp_path / "as stored")
+    assert "stored on their side" in caplog.text and "--orientation transposed or" in caplog.text
+    caplog.clear()
     path = prepare_slices(source / "images", source / "masks", tmp_path, orientation="transposed")
+    assert caplog.text == ""
     entries = json.loads(path.read_text())["training"]
     patient = {e["image"]: e["patient_id"] for e in entries}
     assert len(entries) == 50
