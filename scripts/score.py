@@ -32,11 +32,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from custom.bundle import trained_with
 from custom.console import CohortError, bar_interval, command, describe_error
 from custom.data.pictures import PICTURES, read_grey
 from custom.data.scans import is_nifti, read_scan
 from custom.metrics import ScoredCase, score_cases, summarize_scores
 from custom.reporting.scores import format_summary, grid_geometry, write_scores
+from custom.transforms.invert import check_threshold
 
 SHIFT_MM = 0.05  # farther apart than rounding in a header can put two copies of one grid
 ROUNDING = 1e-5  # a map stored as bytes with a scale of 1/255 comes back as 1.0000001
@@ -177,6 +179,19 @@ def _geometry(
     return grid_geometry(affine)
 
 
+def own_threshold(bundle: Path, settings: Iterable[str]) -> float:
+    """The probability from which on a bundle's inference puts a voxel into the mask.
+
+    Args:
+        bundle: its folder.
+        settings: ``KEY=VALUE`` for the configs, of which the last of a key holds.
+    """
+    given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
+    if "threshold" in given:
+        return check_threshold(float(given["threshold"]))
+    return float(trained_with(bundle / given.get("ckpt_path", "models/model.pt"), "threshold", 0.5))
+
+
 def segment(bundle: Path, images: Path, output: Path, orientation: str, settings: Iterable[str]) -> Path:
     """Run a bundle's inference on slices or volumes.
 
@@ -232,7 +247,9 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, required=True, help="where to write: OUTPUT.csv and OUTPUT.json"
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="probability that counts as predicted (default: 0.5)"
+        "--threshold",
+        type=float,
+        help="probability that counts as predicted (default: the bundle's own, and 0.5 without a bundle)",
     )
     for kind, example in (("prediction", "_opacity"), ("truth", "_mask")):
         parser.add_argument(
@@ -257,22 +274,26 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--bundle and --images go together: the bundle segments the images")
     suffix = args.prediction_suffix
     if args.bundle is not None:
+        if args.threshold is not None:
+            args.set.append(f"threshold={args.threshold}")
+        args.threshold = own_threshold(args.bundle, args.set)
         kept = output.with_name(f"{output.name}_predictions")
         args.predictions = segment(args.bundle, args.images, kept, args.stored_orientation, args.set)
         suffix = suffix or ("_opacity" if args.predictions == kept else "")
+    threshold = 0.5 if args.threshold is None else args.threshold
     predictions = MaskFolder(args.predictions, "prediction", suffix, args.prediction_max)
     truths = MaskFolder(args.truths, "truth", args.truth_suffix, args.truth_max)
     names = pair_names(predictions, truths)
     bar = tqdm(names, desc="scoring", unit="case", dynamic_ncols=True, mininterval=bar_interval())
     failures: list[dict[str, str]] = []
     cases = read_cases(predictions, truths, bar, failures)
-    scores = list(score_cases(cases, args.threshold, args.surface_tolerance))
+    scores = list(score_cases(cases, threshold, args.surface_tolerance))
     for folder in (predictions, truths):
         folder.check_values()
     if not scores:
         raise CohortError(failures, len(names), "cases")
     summary = summarize_scores(scores)
-    settings = {"threshold": args.threshold, "surface_tolerance_mm": args.surface_tolerance}
+    settings = {"threshold": threshold, "surface_tolerance_mm": args.surface_tolerance}
     written = write_scores(output, scores, summary, settings, failures)
     print(format_summary(summary))
     print("written: " + ", ".join(os.fspath(path) for path in written))

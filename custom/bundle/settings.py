@@ -127,6 +127,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "channels": (_whole, "whole numbers above 0"),
     "flip_inference": (lambda v: isinstance(v, bool), "true or false"),
     "match_greys": (lambda v: isinstance(v, bool), "true or false"),
+    "threshold": (lambda v: not isinstance(v, (list, bool)) and 0 < v < 1, "a probability between 0 and 1"),
     "absolute_intensity": (lambda v: isinstance(v, bool), "true or false"),
     "width": (lambda v: not isinstance(v, (list, bool)) and v > 0, "a number above 0"),
 }

@@ -19,6 +19,7 @@ from custom.data.plain_slices import turn_back
 from custom.data.slice_pose import SIDEWAYS_ORIENTATIONS, SIDEWAYS_WARNING, lie_sideways, measure_pose
 from custom.reporting.table import write_table
 from custom.transforms.greys import GREY_MATCH
+from custom.transforms.invert import check_threshold
 
 __all__ = ["SliceReport"]
 
@@ -31,7 +32,7 @@ class SliceReport:
     """Writes, for every picture of a slice that an evaluator has segmented, into ``output_dir``:
 
     - ``masks/<name>.png``: 255 where there is opacity, else 0; as large as the picture and stored as it is;
-    - ``probabilities/<name>.png``: the probability times 255, if asked for; from 128 on it is in the mask;
+    - ``probabilities/<name>.png``: the probability times 255, if asked for;
     - ``overlays/<name>.png``: the slice upright with the mask's contour.
 
     ``finish`` adds ``slices.csv``: name, size, pixels of opacity and their share of the whole picture, body
@@ -47,9 +48,10 @@ class SliceReport:
         cohort: the loader of the pictures, which knows those that failed.
         stored_orientation: how the pictures are stored; see :class:`custom.transforms.LoadPictured`.
         probabilities: write the probabilities too.
+        threshold: probability from which on postprocessing puts a pixel into the mask, which the log tells.
 
     Raises:
-        ValueError: When a switch is neither on nor off.
+        ValueError: When a switch is neither on nor off, or the threshold is no probability.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class SliceReport:
         cohort: CohortLoader,
         stored_orientation: str = "upright",
         probabilities: bool | str = False,
+        threshold: float = 0.5,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.cohort = cohort
         self.stored_orientation = stored_orientation
         self.probabilities = read_switch("probabilities", probabilities)
+        self.threshold = check_threshold(threshold)
         self._rows: dict[str, dict[str, Any]] = {}
         self._poses: list[float | None] = []
 
@@ -143,7 +147,8 @@ class SliceReport:
         write_table(self.output_dir / "slices.csv", rows)
         with_opacity = sum(bool(row["opacity_pixels"]) for row in rows)
         logger.info(
-            f"{len(self._rows)} slices, {with_opacity} with opacity: {self.output_dir / 'slices.csv'}"
+            f"{len(self._rows)} slices, {with_opacity} with opacity (probability from {self.threshold} on): "
+            f"{self.output_dir / 'slices.csv'}"
         )
         if lie_sideways(self._poses):
             logger.warning(f"{SIDEWAYS_WARNING}: --stored_orientation {' or '.join(SIDEWAYS_ORIENTATIONS)}")

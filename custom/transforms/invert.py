@@ -14,10 +14,24 @@ from monai.transforms import Compose, InvertibleTransform, MapTransform, Resize,
 from monai.transforms.utils import allow_missing_keys_mode
 from monai.utils import TraceKeys
 
-__all__ = ["InvertToMaskD", "InvertToMaskDict", "InvertToMaskd"]
+__all__ = ["InvertToMaskD", "InvertToMaskDict", "InvertToMaskd", "check_threshold"]
 
 _STEP = 16  # slices at a time
 _WITHOUT_INTERPOLATION = {"Crop", "Flip", "Orientation", "Pad", "SpatialCrop", "SpatialPad"}
+
+
+def check_threshold(threshold: float) -> float:
+    """A probability from which on a voxel is in the mask.
+
+    Args:
+        threshold: above 0 and below 1: with others every mask is full or empty.
+
+    Raises:
+        ValueError: When it is something else.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
+        raise ValueError(f"threshold must be a probability above 0 and below 1, got {threshold!r}")
+    return threshold
 
 
 class InvertToMaskd(MapTransform):
@@ -35,6 +49,9 @@ class InvertToMaskd(MapTransform):
         orig_keys: the image, which bears the trace of preprocessing.
         threshold: probability from which on a voxel is in the mask.
         allow_missing_keys: whether missing logits are passed over.
+
+    Raises:
+        ValueError: When the threshold is no probability.
     """
 
     def __init__(
@@ -48,7 +65,7 @@ class InvertToMaskd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.transform = transform
         self.orig_keys = orig_keys
-        self.threshold = threshold
+        self.threshold = check_threshold(threshold)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """

@@ -67,6 +67,7 @@ def settings(**values: object) -> str:
         (settings(lung_margin_mm=-1), "0 or more"),
         (settings(width=True), "a number above 0"),
         (settings(width=float("nan")), "no number"),
+        (settings(threshold=1), "a probability between 0 and 1"),
         (settings(attention=[1]), "a value like True is needed"),
     ],
 )

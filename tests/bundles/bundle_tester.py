@@ -139,5 +139,6 @@ def check_configs_agree(bundle: Bundle) -> None:
         assert taken["_target_"] == "custom.bundle.trained_with" and taken["key"] == key
         assert taken["default"] == train.get(key), key
         assert evaluate.get(key, taken) == taken, key
-    assert {"image_size", "hu_window", "lung_margin_mm"} < told & set(evaluate)
-    assert json.dumps(inference.get("network_def")).count("@") == len(told) - 5
+    around = {"image_size", "hu_window", "lung_margin_mm", "flip_inference", "match_greys", "threshold"}
+    assert around <= told & set(evaluate)
+    assert json.dumps(inference.get("network_def")).count("@") == len(told - around)

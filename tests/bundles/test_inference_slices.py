@@ -15,7 +15,7 @@ from bundle_tester import ROOT, Bundle
 from PIL import Image
 
 from custom.bundle.settings import write_settings
-from custom.console import CohortError
+from custom.console import CohortError, describe_error
 from custom.data.plain_slices import turn_back
 
 BUNDLES = [Bundle(f"covid_ct_{name}_segmentation") for name in ("scoatnet", "attention_unet", "ncovsegnet")]
@@ -24,7 +24,7 @@ NETWORK = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 1, "
 
 
 def segment(folder: Path, bundle: Bundle = BUNDLES[0], **overrides) -> list[dict[str, str]]:
-    """Opacity is what is brighter than half of the window; returns the rows of the table."""
+    """Opacity is what is brighter than half of the window, at a threshold of 0.5; the rows of the table."""
     weights = {"weight": torch.full((1, 1, 1, 1), 8.0), "bias": torch.tensor([-4.0])}
     torch.save(weights, folder / "model.pt")
     write_settings(folder / "model.pt", {"image_size": list(SIZE), "hu_window": [-1100, 300]})
@@ -121,6 +121,15 @@ def test_masks_lie_as_the_pictures_are_stored(orientation, slices, tmp_path):
         with Image.open(tmp_path / "out" / "overlays" / f"{name}.png") as picture:
             assert picture.size == SIZE[::-1], "upright, as it was seen: width and height"
     assert not (tmp_path / "out" / "probabilities").exists()
+
+
+def test_the_threshold_is_a_setting(slices, tmp_path):
+    """The lesions' probability is 1 / (1 + exp(4 - 8 * 180 / 255)) = 0.8384."""
+    for threshold, found in ((0.83, "200"), (0.85, "0")):
+        assert [row["opacity_pixels"] for row in segment(tmp_path, threshold=threshold)] == [found, found]
+    with pytest.raises(RuntimeError) as caught:
+        segment(tmp_path, threshold=50)
+    assert "threshold must be a probability above 0 and below 1, got 50" in describe_error(caught.value)
 
 
 def test_slices_that_lie_on_their_side_are_warned_of(tmp_path, capsys):

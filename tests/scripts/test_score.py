@@ -280,6 +280,32 @@ def test_a_bundle_on_slices_as_they_are_stored(bundle, tmp_path, capfd):
     assert first["cases"] == second["cases"] and len(first["cases"]) == 2
 
 
+def test_the_bundles_own_threshold_or_the_one_that_is_given(bundle, tmp_path):
+    """A network whose output is its bias: the probability is the same everywhere."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    weights = {key: torch.zeros_like(value) for key, value in SCOATNet(channels=[8] * 5).state_dict().items()}
+    weights["head.bias"] -= 0.6  # sigmoid(-0.6) = 0.354
+    torch.save(weights, folder / "models" / "model.pt")
+    settings = {"channels": [8, 8, 8, 8, 8], "image_size": [32, 32], "threshold": 0.3}
+    write_settings(folder / "models" / "model.pt", settings)
+    picture(tmp_path / "i" / "a.png", np.random.default_rng(0).integers(0, 256, (32, 32)))
+    picture(tmp_path / "t" / "a.png", np.ones((32, 32)))
+    words = ["--bundle", str(folder), "--images", str(tmp_path / "i"), "--truths", str(tmp_path / "t")]
+    for more, threshold, dice in (
+        ([], 0.3, 1.0),
+        (["--threshold", "0.4"], 0.4, 0.0),
+        (["--set", "threshold=0.35"], 0.35, 1.0),
+    ):
+        output = tmp_path / f"scores_{threshold}"
+        assert score.main([*words, *more, "--truth-max", "1", "--output", str(output)]) == 0
+        report = json.loads(output.with_name(f"{output.name}.json").read_text())
+        assert report["settings"]["threshold"] == threshold
+        assert report["cases"][0]["dice"] == dice
+        with Image.open(tmp_path / f"scores_{threshold}_predictions" / "masks" / "a.png") as mask:
+            assert np.asarray(mask).all() == bool(dice), "the mask is what is scored"
+
+
 def test_a_bundle_on_volumes(bundle, tmp_path, capfd):
     phantom = make_phantom(shape=(48, 40, 12), spacing=(7.0, 7.0, 20.0), seed=3)
     nifti(tmp_path / "i" / "p.nii.gz", phantom.image.astype(np.float32), phantom.affine)

@@ -122,4 +122,7 @@ def test_the_threshold_and_missing_keys():
     cropped = CROP(prepared(Compose([])))["image"]
     assert int(at.sum()) == np.prod(cropped.shape), "the box of the lungs and nothing beside it"
     assert not above.any()
+    for wrong in (0, 1, 50, True, "0.5"):
+        with pytest.raises(ValueError, match="above 0 and below 1"):
+            InvertToMaskd("pred", chain, threshold=wrong)
     assert InvertToMaskd("other", chain, allow_missing_keys=True)(item).keys() == item.keys()
