@@ -185,10 +185,18 @@ def own_threshold(bundle: Path, settings: Iterable[str]) -> float:
     Args:
         bundle: its folder.
         settings: ``KEY=VALUE`` for the configs, of which the last of a key holds.
+
+    Raises:
+        ValueError: When it is no probability, or the file of settings cannot be read.
     """
     given = dict(setting.split("=", 1) for setting in settings if "=" in setting)
     if "threshold" in given:
-        return check_threshold(float(given["threshold"]))
+        try:
+            return check_threshold(float(given["threshold"]))
+        except ValueError:
+            raise ValueError(
+                f"--set threshold={given['threshold']}: it must be a probability above 0 and below 1"
+            ) from None
     return float(trained_with(bundle / given.get("ckpt_path", "models/model.pt"), "threshold", 0.5))
 
 

@@ -330,4 +330,6 @@ def test_a_bundle_that_cannot_predict(bundle, tmp_path, capfd):
     picture(tmp_path / "i" / "a.png", np.zeros((8, 8)))
     images = ("--bundle", str(bundle), "--images", str(tmp_path / "i"))
     assert "'x' is no KEY=VALUE" in line(*images, "--set", "x")
+    for wrong in ("half", "50"):
+        assert f"threshold={wrong}: it must be a probability" in line(*images, "--set", f"threshold={wrong}")
     assert "the bundle ended with exit code 2" in line(*images, "--set", "ckpt_path=missing.pt")
